@@ -135,6 +135,10 @@ class BEVT(nn.Module):
         correct = (logits.argmax(dim=-1) == targets).sum()
         return Term(loss, len(targets), {"accuracy": correct})
 
+    def counts(self, batch: Mapping[str, Mapping[str, Tensor]]) -> list[int]:
+        """Count each stream's hidden places in frames, before anything is computed."""
+        return [int(p["mask"].sum()) * self.frames_per_step[s] for s, p in batch.items()]
+
     def forward(
         self, batch: Mapping[str, Mapping[str, Tensor]], noise: Mapping[str, Tensor] | None = None
     ) -> dict[str, Term]:
@@ -198,6 +202,10 @@ class Classifier(nn.Module):
         if noise is not None and self.dropout:
             x = x * (noise[:, blocks:] >= self.dropout) / (1 - self.dropout)
         return self.head(x)
+
+    def counts(self, batch: Mapping[str, Mapping[str, Tensor]]) -> list[int]:
+        """Count the labelled clips."""
+        return [len(batch["clip"]["label"])]
 
     def forward(
         self, batch: Mapping[str, Mapping[str, Tensor]], noise: Mapping[str, Tensor] | None = None

@@ -1,0 +1,275 @@
+"""Configuration: frozen dataclasses, command-line overrides, and errors that name the fix.
+
+A recipe is a value. Batch sizes are *global*: what one optimiser step sees, whatever the number of
+processes. Config stops at the doors; the library's classes take plain arguments.
+"""
+
+import dataclasses
+import difflib
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Architecture of Video Swin; defaults are Swin-B as released."""
+
+    embed_dim: int = 128
+    depths: tuple[int, ...] = (2, 2, 18, 2)
+    num_heads: tuple[int, ...] = (4, 8, 16, 32)
+    window: tuple[int, int, int] = (8, 7, 7)
+    patch: tuple[int, int, int] = (2, 4, 4)
+    drop_path: float = 0.3
+    released: bool = False  # True: reproduce the released code's quirks (swin.window_plan)
+    linear_std: float = 0.02  # 0: 1 / sqrt(fan-in)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What is read. Empty paths mean the embedded clips and pictures."""
+
+    frames: int = 16
+    interval: int = 8  # frames between two sampled ones
+    size: int = 224  # side of the crop, pixels
+    short: tuple[int, int] = (256, 320)  # the short side is resized to a random integer in here
+    jitter: float = 0.0  # colour jitter of images
+    video_list: str = ""
+    video_root: str = ""
+    image_root: str = ""
+    val_list: str = ""
+    workers: int = 1  # loader processes per stream and process
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """The frozen tokenizer that names the targets."""
+
+    weights: str = ""  # safetensors file; empty: the shipped lesson tokenizer
+    vocab_size: int = 8192
+    factor: int = 8  # pixels of the tokenizer's view per token
+
+
+@dataclass(frozen=True, kw_only=True)
+class Masking:
+    """How much is hidden: share of the grid (block masks) and of the time (tubes)."""
+
+    share: float = 0.5  # of the cells of one frame's grid
+    tube: tuple[float, float] = (0.5, 1.0)  # of the clip's time steps
+
+    def target(self, grid: tuple[int, int]) -> int:
+        """Give the number of cells to hide on a (height, width) grid; half by default."""
+        return int(self.share * grid[0] * grid[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """AdamW, cosine to zero, linear warm-up. One of ``steps`` and ``epochs`` gives the length."""
+
+    lr: float
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.999)
+    clips: int = 0  # global batch: clips per optimiser step
+    images: int = 0  # global batch: images (or pictures) per optimiser step
+    steps: int = 0
+    epochs: float = 0.0  # of the first stream's data set
+    warmup: float = 0.0  # in the same unit as the length: steps or epochs
+    warmup_start: float = 0.1  # share of the regular rate at step 0
+    cosine: bool = True  # False: constant after warm-up
+    stairs: bool = False  # True: the cosine moves per epoch, not per step
+    clip_norm: float = 0.0  # L2 norm of all gradients; 0: no clipping
+    rules: tuple[tuple[str, float, float], ...] = ()  # (name part, lr factor, decay factor)
+
+    def __post_init__(self) -> None:
+        if bool(self.steps) == bool(self.epochs):
+            raise ValueError("give the length either as optim.steps or as optim.epochs")
+        if self.lr <= 0:
+            raise ValueError(f"optim.lr must be positive, got {self.lr}")
+        if self.clips + self.images < 1:
+            raise ValueError("optim.clips and optim.images are both 0: there is nothing to train")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """How this machine runs a recipe. Only the seed changes what is computed."""
+
+    folder: str = ""  # empty: runs/<preset>
+    seed: int = 0
+    init: str = ""  # weights to start from
+    stop_after: int = 0  # stop after this many steps; the schedule stays as it is
+    save_every: int = 100  # steps between checkpoints
+    keep: int = 2  # checkpoints kept
+    micro_batch: int = 0  # items of the first stream per forward and process; 0: as many as fit
+    threads: int = 0  # torch threads of a CPU process; 0: PyTorch's choice
+    deterministic: bool = False
+    dry_run: bool = False  # print the plan and stop
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrain:
+    """Image-stream or joint pretraining."""
+
+    name: str
+    streams: tuple[str, ...]
+    model: Model
+    data: Data
+    tokens: Tokens
+    optim: Optim
+    masking: Masking = field(default_factory=Masking)
+    run: Run = field(default_factory=Run)
+    keep_token_head: bool = False  # the start's token head is kept; the released code starts fresh
+    default_init: str = ""  # weights under data/ to start from when run.init is empty
+    needs_init: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune:
+    """Supervised recognition of what or how."""
+
+    name: str
+    task: str
+    num_classes: int
+    model: Model
+    data: Data
+    optim: Optim
+    smoothing: float = 0.0
+    dropout: float = 0.0
+    flip: bool = True  # never for motions: left would become right
+    test_clips: int = 4  # views of a test clip in time
+    test_crops: int = 3  # and in space
+    antisymmetric: bool = False  # half of the 3D patch filters start (+w, -w) in time
+    run: Run = field(default_factory=Run)
+    default_init: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTokenizer:
+    """A dVAE by the Gumbel-softmax relaxation."""
+
+    name: str
+    data: Data
+    tokens: Tokens
+    optim: Optim
+    hidden: int = 256  # DALL-E's n_hid
+    blocks: int = 2  # DALL-E's n_blk_per_group
+    temperature: tuple[float, float] = (1.0, 0.0625)  # start and end
+    kl_weight: tuple[float, float] = (0.0, 6.6)  # start and end
+    run: Run = field(default_factory=Run)
+
+
+Recipe = Pretrain | Finetune | TrainTokenizer
+
+
+def flatten(recipe: Any, prefix: str = "") -> dict[str, Any]:
+    """List a recipe's fields as {"section.field": value}, in order."""
+    flat: dict[str, Any] = {}
+    for f in dataclasses.fields(recipe):
+        value = getattr(recipe, f.name)
+        if dataclasses.is_dataclass(value):
+            flat |= flatten(value, f"{prefix}{f.name}.")
+        else:
+            flat[prefix + f.name] = value
+    return flat
+
+
+def override(recipe: Any, arguments: Sequence[str]) -> Any:
+    """Apply ``--section.field value`` arguments to a recipe; a switch needs no value.
+
+    Raises ValueError that names the field, the value and the nearest field that exists.
+    """
+    known = flatten(recipe)
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise ValueError(f"unexpected argument {word!r}: overrides look like --run.seed 1")
+        flag, equals, attached = word[2:].partition("=")
+        name = flag.replace("-", "_")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"did you mean --{near[0].replace('_', '-')}?" if near else "see --help"
+            raise ValueError(f"unknown option --{flag}: {hint}")
+        if equals:
+            text = attached
+        elif isinstance(known[name], bool) and (not words or words[0].startswith("--")):
+            text = "true"
+        elif words:
+            text = words.pop(0)
+        else:
+            raise ValueError(f"option --{flag} needs a value")
+        recipe = _replace(recipe, name.split("."), text, flag)
+    return recipe
+
+
+def _replace(node: Any, path: list[str], text: str, flag: str) -> Any:
+    hint = typing.get_type_hints(type(node))[path[0]]
+    old = getattr(node, path[0])
+    new = _replace(old, path[1:], text, flag) if path[1:] else _parse(text, hint, flag)
+    try:
+        return dataclasses.replace(node, **{path[0]: new})
+    except ValueError as error:
+        raise ValueError(f"--{flag} {text}: {error}") from None
+
+
+def _parse(text: str, hint: Any, flag: str) -> Any:
+    """Read one value as its field's type says."""
+    try:
+        if hint is bool:
+            return {"true": True, "false": False}[text.lower()]
+        if hint in (int, float, str):
+            return hint(text)
+        items = typing.get_args(hint)
+        if typing.get_origin(hint) is tuple and items[0] in (int, float, str):
+            values = tuple(items[0](word) for word in text.split(","))
+            if items[-1] is not Ellipsis and len(values) != len(items):
+                raise ValueError
+            return values
+    except (KeyError, ValueError):
+        kind = hint.__name__ if isinstance(hint, type) and not isinstance(
+            hint, types.GenericAlias) else str(hint)  # fmt: skip
+        raise ValueError(f"--{flag} {text}: not a value of type {kind}") from None
+    raise ValueError(f"--{flag} can't be set on the command line: write a preset")
+
+
+def choose(presets: dict[str, Callable[[], Any]], arguments: Sequence[str], command: str) -> Any:
+    """Read ``PRESET --overrides``: the named preset's recipe with the overrides applied."""
+    names = ", ".join(presets)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"usage: python -m bevt_lib.{command} PRESET [--section.field value ...]")
+        print(f"presets: {names}\nfields of a preset and their values: PRESET --help")
+        raise SystemExit(0 if arguments else 2)
+    name, *rest = arguments
+    if name not in presets:
+        near = difflib.get_close_matches(name, presets, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose from {names}"
+        raise ValueError(f"unknown preset {name!r}: {hint}")
+    recipe = presets[name]()
+    if "-h" in rest or "--help" in rest:
+        print((presets[name].__doc__ or "").strip())
+        for key, value in flatten(recipe).items():
+            print(f"  --{key.replace('_', '-')} {value!r}")
+        raise SystemExit(0)
+    return override(recipe, rest)
+
+
+def open_door(main: Callable[[list[str]], None]) -> None:
+    """Run a command: an error its user can mend ends in one line on stderr and exit status 2.
+
+    ``BEVT_TRACEBACK=1`` shows the traceback as well.
+    """
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        print("interrupted: the same command continues from the last checkpoint", file=sys.stderr)
+        raise SystemExit(130) from None
+    except (ValueError, OSError) as error:
+        if os.environ.get("BEVT_TRACEBACK"):
+            raise
+        # A loader process wraps its error in a traceback: the last line is the error itself.
+        line = str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)
+        print(f"error: {line.removeprefix('ValueError: ')}", file=sys.stderr)
+        raise SystemExit(2) from None
