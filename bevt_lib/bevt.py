@@ -5,17 +5,27 @@ configs for Swin-B.
 """
 
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bevt_lib.augment import normalise
 from bevt_lib.masking import mask_in_time, mask_on_grid
 from bevt_lib.swin import PatchEmbed, Size3, Swin, initialise
 from bevt_lib.terms import Term
 
 STREAMS = ("video", "image")
 IMAGE_FRAMES = 1
+
+
+class Tokenizer(Protocol):
+    """What BEVT asks of a frozen tokenizer."""
+
+    def encode(self, view: Tensor) -> Tensor:
+        """uint8 pictures (N, h, w, 3) to int64 ids (N, h / factor, w / factor)."""
+        ...
 
 
 class Decoder(nn.Module):
@@ -149,6 +159,28 @@ class BEVT(nn.Module):
             )
             for stream, part in batch.items()
         }
+
+
+def add_tokens(
+    batch: Mapping[str, Mapping[str, Tensor]], tokenizer: Tokenizer
+) -> dict[str, dict[str, Tensor]]:
+    """Name every frame in the tokenizer's words and normalise the pixels; no gradient.
+
+    Takes {stream: {"pixels": uint8 (B, T, H, W, 3), "view": uint8 (B, T, v, v, 3), ...}} and adds
+    "ids" int64 (B, T, h, w); "pixels" become normalised floats (B, 3, T, H, W). The frames of all
+    streams go through the tokenizer together, each on its own, as released.
+    """
+    views = {stream: part["view"].flatten(0, 1) for stream, part in batch.items()}
+    ids = tokenizer.encode(torch.cat(list(views.values())))
+    by_stream = dict(zip(views, ids.split([len(v) for v in views.values()]), strict=True))
+    return {
+        stream: {
+            **part,
+            "pixels": normalise(part["pixels"]),
+            "ids": by_stream[stream].unflatten(0, part["view"].shape[:2]),
+        }
+        for stream, part in batch.items()
+    }
 
 
 class Classifier(nn.Module):

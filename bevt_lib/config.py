@@ -43,6 +43,7 @@ class Data:
     image_root: str = ""
     val_list: str = ""
     workers: int = 1  # loader processes per stream and process
+    expected_items: int = 0  # size of the first stream's data set, for the plan of a run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +108,7 @@ class Run:
     threads: int = 0  # torch threads of a CPU process; 0: PyTorch's choice
     deterministic: bool = False
     dry_run: bool = False  # print the plan and stop
+    processes: int = 0  # processes to plan for in a dry run; 0: those of this world
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +143,7 @@ class Finetune:
     flip: bool = True  # never for motions: left would become right
     test_clips: int = 4  # views of a test clip in time
     test_crops: int = 3  # and in space
+    crop: str = "random_resized"  # or "random" (of the resized frame), for training
     antisymmetric: bool = False  # half of the 3D patch filters start (+w, -w) in time
     run: Run = field(default_factory=Run)
     default_init: str = ""

@@ -4,7 +4,7 @@ Source: PyTorch's torchrun environment variables. gloo on CPU, NCCL on CUDA.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -56,6 +56,13 @@ def wait_for_all() -> None:
     """Wait until every process is here."""
     if torch_dist.is_initialized():
         torch_dist.barrier()
+
+
+def first_alone(work: Callable[[], object], *, needed: bool = True) -> None:
+    """Let rank 0 do work whose result all processes then find on disk."""
+    if needed and rank() == 0:
+        work()
+    wait_for_all()
 
 
 def replicate(model: nn.Module) -> nn.Module:

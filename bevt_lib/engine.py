@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,11 @@ def split_batch(batches: Mapping[str, int], processes: int, micro_batch: int) ->
     micro = micro_batch or first // processes
     accumulation = first // (processes * micro) if micro else 0
     for stream, batch in batches.items():
-        if not accumulation or batch % (processes * accumulation) or accumulation * micro * processes != first:
+        if (
+            not accumulation
+            or batch % (processes * accumulation)
+            or accumulation * micro * processes != first
+        ):
             raise ValueError(
                 f"a global batch of {batch} ({stream}) can't be cut into {processes} process(es) x "
                 f"micro-batches of {micro}: choose --run.micro-batch and a number of processes "
@@ -71,6 +75,19 @@ def split_batch(batches: Mapping[str, int], processes: int, micro_batch: int) ->
             )
     cut = processes * accumulation
     return Split(processes, accumulation, {s: batch // cut for s, batch in batches.items()})
+
+
+def be_deterministic(switch: bool) -> None:
+    """Ask PyTorch for deterministic kernels, at some cost in speed on CUDA."""
+    if switch:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(switch)
+
+
+def in_folder(run: Run, folder: str) -> Run:
+    """Give the run settings with their folder filled in."""
+    return replace(run, folder=folder)
 
 
 def fit(

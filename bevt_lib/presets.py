@@ -1,0 +1,160 @@
+"""Named recipes as values: what each command runs, with what is known of its result.
+
+``lesson``: two CPU cores, seconds to minutes. ``paper``: the released recipe, on 32 and 8 GPUs.
+Every number that is not ours comes from the released configs or README of BEVT.
+"""
+
+from bevt_lib.config import Data, Finetune, Masking, Model, Optim, Pretrain, Tokens, TrainTokenizer
+
+RELEASED_NO_DECAY = (("relative_position_bias_table", 1.0, 0.0), ("norm", 1.0, 0.0))
+# Small models from small data: bias tables at ten times the rate (measured in the kit's pilot).
+LESSON_RULES = (("relative_position_bias_table", 10.0, 0.0), ("norm", 1.0, 0.0))
+
+# 96 px, window 3, grid 6x6: the paper's 224 px, window 7, grid 14x14, scaled by 3/7.
+LESSON_MODEL = Model(
+    embed_dim=24, depths=(1, 1, 3, 1), num_heads=(1, 2, 4, 8), window=(4, 3, 3),
+    drop_path=0.0, linear_std=0.0,
+)  # fmt: skip
+LESSON_DATA = Data(frames=8, interval=1, size=96, short=(98, 112))
+LESSON_TOKENS = Tokens(vocab_size=256)
+LESSON_MASKING = Masking(tube=(0.5, 0.75))  # of 4 time steps: each place is seen at some time
+
+
+def lesson_image() -> Pretrain:
+    """Image-stream pretraining on the embedded stills. Two CPU cores; ours, no paper row."""
+    return Pretrain(
+        name="lesson_image",
+        streams=("image",),
+        model=LESSON_MODEL,
+        data=LESSON_DATA,
+        tokens=LESSON_TOKENS,
+        masking=LESSON_MASKING,
+        optim=Optim(lr=3e-3, images=32, steps=4000, warmup=100, clip_norm=3.0, rules=LESSON_RULES),
+    )
+
+
+def lesson_joint() -> Pretrain:
+    """Joint pretraining on embedded clips and stills, from the shipped image-stream weights.
+
+    Two CPU cores; ours, no paper row.
+    """
+    return Pretrain(
+        name="lesson_joint",
+        streams=("video", "image"),
+        model=LESSON_MODEL,
+        data=LESSON_DATA,
+        tokens=LESSON_TOKENS,
+        masking=LESSON_MASKING,
+        optim=Optim(
+            lr=2e-3, clips=8, images=8, steps=6000, warmup=100, clip_norm=3.0, rules=LESSON_RULES
+        ),
+        keep_token_head=True,
+        default_init="weights/lesson_image.safetensors",
+        needs_init=True,
+    )
+
+
+def lesson_how() -> Finetune:
+    """Recognise how a clip moves (8 motions) from raw frames. Two CPU cores; ours, no paper row."""
+    return Finetune(
+        name="lesson_how",
+        task="how",
+        num_classes=8,
+        model=LESSON_MODEL,
+        data=LESSON_DATA,
+        optim=Optim(lr=1e-3, clips=16, steps=2500, warmup=100, clip_norm=3.0, rules=LESSON_RULES),
+        flip=False,
+        crop="random",
+        test_clips=3,
+        test_crops=1,
+        default_init="weights/lesson_joint.safetensors",
+    )
+
+
+def lesson_what() -> Finetune:
+    """Recognise what moves (8 kinds of object). Two CPU cores; ours, no paper row."""
+    return Finetune(
+        name="lesson_what",
+        task="what",
+        num_classes=8,
+        model=LESSON_MODEL,
+        data=LESSON_DATA,
+        optim=Optim(lr=1e-3, clips=16, steps=1500, warmup=100, clip_norm=3.0, rules=LESSON_RULES),
+        crop="random",
+        test_clips=3,
+        test_crops=1,
+        default_init="weights/lesson_joint.safetensors",
+    )
+
+
+def paper_image() -> Pretrain:
+    """Image-stream pretraining of Swin-B on ImageNet-1K, 800 epochs (never released).
+
+    Paper: initialises every row. Command: torchrun on 4 nodes of 8 GPUs with --data.image-root and
+    --tokenizer weights. Objective, masks, tokenizer and epochs are the paper's; learning rate 1.5e-3,
+    batch 2048, weight decay 0.05, 10 warm-up epochs, clipping 3 and jitter 0.4 are ASSUMED
+    (BEiT-like). Not run by us.
+    """
+    return Pretrain(
+        name="paper_image",
+        streams=("image",),
+        model=Model(drop_path=0.1),
+        data=Data(jitter=0.4, workers=8, expected_items=1_281_167),
+        tokens=Tokens(),
+        optim=Optim(lr=1.5e-3, images=2048, epochs=800, warmup=10, clip_norm=3.0,
+                    rules=RELEASED_NO_DECAY),
+    )  # fmt: skip
+
+
+def paper_joint() -> Pretrain:
+    """Joint pretraining of Swin-B on Kinetics-400 and ImageNet-1K, 150 epochs (released config).
+
+    Paper: SSv2 70.6, K400 80.6 top-1 after fine-tuning (DALL-E tokens). 32 GPUs: 256 clips and 2048
+    images a step; the rate is not scaled with GPUs. ``--run.init`` must name image-stream weights.
+    The image path keeps the released quirks, with which the published weights were presumably
+    trained. Not run by us: needs 32 GPUs, Kinetics-400 and ImageNet-1K.
+    """
+    return Pretrain(
+        name="paper_joint",
+        streams=("video", "image"),
+        model=Model(released=True),
+        data=Data(jitter=0.4, workers=8, expected_items=240_000),
+        tokens=Tokens(),
+        optim=Optim(lr=5e-4, clips=256, images=2048, epochs=150, warmup=10, clip_norm=3.0,
+                    rules=RELEASED_NO_DECAY),
+        needs_init=True,
+    )  # fmt: skip
+
+
+def paper_k400() -> Finetune:
+    """Fine-tuning on Kinetics-400, 60 epochs (released config).
+
+    Paper: top-1 80.6 (DALL-E tokens), 81.1 (PeCo). 8 GPUs, 64 clips a step, 4 x 3 test views, layer
+    decay 0.9 by the released rules. Not run by us: needs 8 GPUs and Kinetics-400.
+    """
+    depths = (2, 2, 18, 2)
+    rules = [*RELEASED_NO_DECAY, ("backbone.norm", 0.9, 0.0)]
+    power = 1
+    for stage in (3, 2, 1, 0):
+        if stage < 3:
+            rules.append((f"backbone.layers.{stage}.downsample", 0.9**power, 1.0))
+            power += 1
+        for block in reversed(range(depths[stage])):
+            rules.append((f"backbone.layers.{stage}.blocks.{block}", 0.9**power, 1.0))
+            power += 1
+    rules.append(("backbone.patch_embed", 0.9**power, 1.0))
+    return Finetune(
+        name="paper_k400",
+        task="k400",
+        num_classes=400,
+        model=Model(),
+        data=Data(frames=32, interval=2, short=(256, 256), workers=8,
+                  expected_items=240_000),
+        optim=Optim(lr=3e-4, weight_decay=0.001, clips=64, epochs=60, warmup=2.5, stairs=True,
+                    clip_norm=40.0, rules=tuple(rules)),
+        dropout=0.5,
+    )  # fmt: skip
+
+
+PRETRAIN = {f.__name__: f for f in (lesson_image, lesson_joint, paper_image, paper_joint)}
+FINETUNE = {f.__name__: f for f in (lesson_how, lesson_what, paper_k400)}

@@ -1,0 +1,205 @@
+"""Pretrain: ``python -m bevt_lib.pretrain PRESET --overrides``, also under torchrun."""
+
+import math
+from functools import partial
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+
+from bevt_lib import dist, engine, synthetic
+from bevt_lib.bevt import BEVT, add_tokens
+from bevt_lib.config import Pretrain, choose, flatten, open_door
+from bevt_lib.datasets import (
+    Positions,
+    PretrainClips,
+    PretrainImages,
+    read_image_folder,
+    read_list,
+)
+from bevt_lib.engine import Source
+from bevt_lib.masking import block_mask, tube_mask
+from bevt_lib.metrics import TokenScore, score_tokens
+from bevt_lib.optim import total_steps
+from bevt_lib.presets import PRETRAIN
+from bevt_lib.seeds import Purpose, Stream, seeded_globals
+from bevt_lib.tokenizer import load_tokenizer
+from bevt_lib.weights import read_weights, released_name, start_pretraining
+
+STRIDE = 16  # pixels of the clip per token: Swin's stage 3
+
+
+def main(arguments: list[str]) -> None:
+    """Read the command line, then plan or train."""
+    recipe = choose(PRETRAIN, arguments, "pretrain")
+    if recipe.run.dry_run:
+        print(plan(recipe))
+        return
+    with dist.world():
+        history = train(recipe)
+        if dist.rank() == 0:
+            last = history[-1]
+            print(f"step {last['step'] + 1}: loss {last['loss']:.3f}; run in {run_folder(recipe)}")
+
+
+def run_folder(recipe: Pretrain) -> str:
+    """Give the run's folder: ``run.folder`` or runs/<preset>."""
+    return recipe.run.folder or f"runs/{recipe.name}"
+
+
+def build_model(recipe: Pretrain) -> BEVT:
+    """Build the model with weights drawn from the run's seed."""
+    m = recipe.model
+    with seeded_globals(recipe.run.seed, Purpose.WEIGHTS):
+        return BEVT(
+            vocab_size=recipe.tokens.vocab_size, embed_dim=m.embed_dim, depths=m.depths,
+            num_heads=m.num_heads, window=m.window, patch=m.patch, drop_path=m.drop_path,
+            released=m.released, linear_std=m.linear_std, streams=recipe.streams,
+        )  # fmt: skip
+
+
+def start_weights(recipe: Pretrain, model: BEVT) -> str:
+    """Load the weights the recipe starts from, if any; return one line that tells what was done.
+
+    Raises ValueError where the recipe needs weights and none are given.
+    """
+    path = recipe.run.init
+    if not path and recipe.default_init:
+        path = str(synthetic.data_folder() / recipe.default_init)
+    if not path:
+        if recipe.needs_init:
+            raise ValueError(
+                f"{recipe.name} starts from image-stream weights: give them with --run.init FILE"
+            )
+        return "start: random weights"
+    report = start_pretraining(model, read_weights(Path(path)), token_head=recipe.keep_token_head)
+    return f"start: {Path(path).name}: {report}"
+
+
+def hide_blocks(rng: Random, grid: tuple[int, int], target: int) -> np.ndarray:
+    """Draw an image's mask: bool (1, h, w)."""
+    return block_mask(grid, rng, target=target)[None]
+
+
+def hide_tubes(
+    rng: Random, grid: tuple[int, int, int], target: int, length: tuple[float, float]
+) -> np.ndarray:
+    """Draw a clip's mask: bool (D, h, w)."""
+    return tube_mask(grid, rng, target=target, length=length)
+
+
+def build_items(recipe: Pretrain, stream: str, split: str = "train"):
+    """Build one stream's data set: the embedded one, or the paths of the recipe.
+
+    ``split`` is "train", "val" or "test" of the embedded data; the recipe's own paths are for
+    training.
+    """
+    d = recipe.data
+    side = d.size // STRIDE
+    if d.size % (2 * STRIDE):
+        raise ValueError(
+            f"data.size {d.size}: the decoder needs a multiple of 32 px, such as "
+            f"{max(64, 32 * round(d.size / 32))}"
+        )
+    target = recipe.masking.target((side, side))
+    view = side * recipe.tokens.factor
+    own = d.video_list if stream == "video" else d.image_root
+    folder = Path() if own and split == "train" else synthetic.render()
+    if stream == "image":
+        root = Path(own) if own and split == "train" else folder / "images" / split
+        hide = partial(hide_blocks, grid=(side, side), target=target)
+        return PretrainImages(
+            read_image_folder(root), size=d.size, short=d.short, view_size=view, mask=hide,
+            jitter=d.jitter, seed=recipe.run.seed,
+        )  # fmt: skip
+    if own and split == "train":
+        entries = read_list(Path(own), Path(d.video_root or "."), labelled=False)
+    else:
+        entries = read_list(folder / f"how_{split}.txt", folder)
+    steps = math.ceil(d.frames / recipe.model.patch[0])
+    hide = partial(
+        hide_tubes, grid=(steps, side, side), target=target, length=recipe.masking.tube
+    )
+    return PretrainClips(
+        entries, frames=d.frames, interval=d.interval, size=d.size, short=d.short,
+        view_size=view, mask=hide, seed=recipe.run.seed,
+    )  # fmt: skip
+
+
+def global_batches(recipe: Pretrain) -> dict[str, int]:
+    """Give the items of each stream per optimiser step."""
+    sizes = {"video": recipe.optim.clips, "image": recipe.optim.images}
+    return {stream: sizes[stream] for stream in recipe.streams}
+
+
+def train(recipe: Pretrain) -> list[dict[str, float]]:
+    """Run a pretraining recipe and return its record, one dict per step."""
+    if recipe.run.threads:
+        torch.set_num_threads(recipe.run.threads)
+    engine.be_deterministic(recipe.run.deterministic)
+    dist.first_alone(synthetic.render, needed=not recipe.data.image_root)
+    tokenizer = load_tokenizer(recipe.tokens.weights or None).to(dist.device())
+    if tokenizer.vocab_size != recipe.tokens.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the recipe "
+            f"{recipe.tokens.vocab_size}: set --tokens.vocab-size or --tokens.weights"
+        )
+    model = build_model(recipe)
+    report = start_weights(recipe, model)
+    if dist.rank() == 0:
+        print(report)
+    sources = {
+        stream: Source(
+            Positions(
+                build_items(recipe, stream), seed=recipe.run.seed,
+                stream=Stream[stream.upper()], workers=recipe.data.workers,
+            ),
+            batch,
+        )
+        for stream, batch in global_batches(recipe).items()
+    }  # fmt: skip
+    first = sources[recipe.streams[0]].items
+    return engine.fit(
+        model, sources, recipe.optim, engine.in_folder(recipe.run, run_folder(recipe)),
+        steps=total_steps(recipe.optim, len(first)),
+        prepare=lambda batch, step: add_tokens(batch, tokenizer),
+        config=flatten(recipe), rename=released_name,
+    )  # fmt: skip
+
+
+def score(recipe: Pretrain, model: BEVT, stream: str, count: int = 512) -> TokenScore:
+    """Score a model on ``count`` held-out items of the embedded test split."""
+    tokenizer = load_tokenizer(recipe.tokens.weights or None).to(dist.device())
+    return score_tokens(model, tokenizer, stream, build_items(recipe, stream, "test"), count)
+
+
+def plan(recipe: Pretrain) -> str:
+    """Describe a run before its first step: parameters, batches, steps, tokens; nothing is read."""
+    batches = global_batches(recipe)
+    processes = recipe.run.processes or dist.world_size()
+    split = engine.split_batch(batches, processes, recipe.run.micro_batch)
+    with torch.device("meta"):
+        model = build_model(recipe)
+    parameters = sum(p.numel() for p in model.parameters())
+    side = recipe.data.size // STRIDE
+    frames = {"video": recipe.data.frames, "image": 1}
+    tokens = sum(n * frames[s] * side * side for s, n in batches.items())
+    items = recipe.data.expected_items
+    steps = total_steps(recipe.optim, items)
+    per_epoch = items / batches[recipe.streams[0]]
+    lines = {
+        "preset": recipe.name,
+        "parameters": f"{parameters:,} (the frozen tokenizer not counted)",
+        "global batch": " + ".join(f"{n} {s}s" for s, n in batches.items()),
+        "cut into": str(split),
+        "steps": f"{steps:,} ({items:,} {recipe.streams[0]}s, {per_epoch:,.0f} steps an epoch)",
+        "ids named a step": f"{tokens:,} of {recipe.tokens.vocab_size} tokens",
+        "starts from": recipe.run.init or recipe.default_init
+        or ("--run.init, not given yet" if recipe.needs_init else "random weights"),
+    }  # fmt: skip
+    return "\n".join(f"{key:17s} {value}" for key, value in lines.items())
+
+
+if __name__ == "__main__":
+    open_door(main)
