@@ -15,7 +15,7 @@ def _guard_torchvision() -> None:
     and models are plain Python and need no compiled operator.
     """
     try:
-        import torchvision  # noqa: F401
+        import torchvision
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise

@@ -22,7 +22,9 @@ from torch import Tensor, nn
 FILES = ("model.safetensors", "optimizer.safetensors")
 
 
-def save(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int) -> Path:
+def save(
+    run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int
+) -> Path:
     """Write the checkpoint of a finished step and delete all but the last ``keep``.
 
     Call on one process only; parameters are the same on all. Returns the checkpoint's folder.

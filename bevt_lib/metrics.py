@@ -176,9 +176,7 @@ def score_classes(
     per_class = [float(right[labels == c].double().mean()) for c in range(num_classes)]
     total = len(labels)
     hits = int(right.sum())
-    return ClassScore(
-        total, num_classes, hits / total, wilson_lower(hits, total), tuple(per_class)
-    )
+    return ClassScore(total, num_classes, hits / total, wilson_lower(hits, total), tuple(per_class))
 
 
 def batches_of(

@@ -118,9 +118,7 @@ def build_items(recipe: Pretrain, stream: str, split: str = "train"):
     else:
         entries = read_list(folder / f"how_{split}.txt", folder)
     steps = math.ceil(d.frames / recipe.model.patch[0])
-    hide = partial(
-        hide_tubes, grid=(steps, side, side), target=target, length=recipe.masking.tube
-    )
+    hide = partial(hide_tubes, grid=(steps, side, side), target=target, length=recipe.masking.tube)
     return PretrainClips(
         entries, frames=d.frames, interval=d.interval, size=d.size, short=d.short,
         view_size=view, mask=hide, seed=recipe.run.seed,

@@ -46,9 +46,7 @@ def window_plan(
     if released and size[0] == 1:
         return _released_image_plan(size, window, shifted, device)
     effective = tuple(min(s, w) for s, w in zip(size, window, strict=True))
-    shift = tuple(
-        w // 2 if shifted and s > w else 0 for s, w in zip(size, window, strict=True)
-    )
+    shift = tuple(w // 2 if shifted and s > w else 0 for s, w in zip(size, window, strict=True))
     padded = tuple(math.ceil(s / w) * w for s, w in zip(size, effective, strict=True))
     tokens = math.prod(effective)
     index = (
@@ -111,9 +109,7 @@ def shift_mask(padded: Size3, window: Size3, shift: Size3) -> Tensor:
 def split_windows(x: Tensor, window: Size3) -> Tensor:
     """Cut (B, D, H, W, C) into windows: (B * windows, tokens of a window, C)."""
     d, h, w = window
-    return rearrange(
-        x, "b (nd d) (nh h) (nw w) c -> (b nd nh nw) (d h w) c", d=d, h=h, w=w
-    )
+    return rearrange(x, "b (nd d) (nh h) (nw w) c -> (b nd nh nw) (d h w) c", d=d, h=h, w=w)
 
 
 def join_windows(x: Tensor, window: Size3, padded: Size3) -> Tensor:
@@ -300,9 +296,7 @@ class Swin(nn.Module):
         self.stages = nn.ModuleList()
         for i, (dim, depth, heads) in enumerate(zip(self.dims, depths, num_heads, strict=True)):
             mine = rates[sum(depths[:i]) : sum(depths[: i + 1])]
-            self.stages.append(
-                Stage(dim, heads, window, mine, merge=i < 3, released=released)
-            )
+            self.stages.append(Stage(dim, heads, window, mine, merge=i < 3, released=released))
 
     @property
     def num_blocks(self) -> int:

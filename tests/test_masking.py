@@ -79,9 +79,7 @@ def test_mask_on_grid_agrees_with_slow_floor_indexing():
     for d in range(6):
         for y in range(9):
             for x in range(13):
-                assert torch.equal(
-                    out[:, d, y, x], mask[:, d * 3 // 6, y * 4 // 9, x * 5 // 13]
-                )
+                assert torch.equal(out[:, d, y, x], mask[:, d * 3 // 6, y * 4 // 9, x * 5 // 13])
 
 
 @pytest.mark.parametrize(

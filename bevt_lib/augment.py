@@ -1,0 +1,154 @@
+"""From decoded frames to what the model and the tokenizer see: both from one crop.
+
+Frames are uint8 (T, H, W, 3), RGB; every function is pure and takes its generator. All frames of a
+clip share the same crop, flip and colour. Resizing is OpenCV's, as in the released pipeline.
+"""
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+MEAN = (123.675, 116.28, 103.53)  # ImageNet, RGB, 0 to 255; released configs
+STD = (58.395, 57.12, 57.375)
+INTERPOLATION = {
+    "bilinear": cv2.INTER_LINEAR,
+    "bicubic": cv2.INTER_CUBIC,
+    "lanczos": cv2.INTER_LANCZOS4,
+}
+
+
+def resize(frames: np.ndarray, size: tuple[int, int], interpolation: str) -> np.ndarray:
+    """Resize to (height, width), frame by frame, without antialiasing."""
+    if frames.shape[1:3] == size:
+        return frames
+    flag = INTERPOLATION[interpolation]
+    return np.stack([cv2.resize(f, (size[1], size[0]), interpolation=flag) for f in frames])
+
+
+def resize_short(frames: np.ndarray, short: int, interpolation: str = "bilinear") -> np.ndarray:
+    """Resize so that the short side is ``short`` pixels; the long side is rounded (+ 0.5, floor)."""
+    height, width = frames.shape[1:3]
+    scale = short / min(height, width)
+    size = (int(height * scale + 0.5), int(width * scale + 0.5))
+    return resize(frames, size, interpolation)
+
+
+def crop(frames: np.ndarray, top: int, left: int, height: int, width: int) -> np.ndarray:
+    """Cut out a box. Raises ValueError where it leaves the frame."""
+    if top < 0 or left < 0 or top + height > frames.shape[1] or left + width > frames.shape[2]:
+        raise ValueError(
+            f"a {height}x{width} crop doesn't fit frames of {frames.shape[1]}x{frames.shape[2]}: "
+            "resize to a larger short side first (--data.short)"
+        )
+    return frames[:, top : top + height, left : left + width]
+
+
+def random_crop(frames: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Cut a square of ``size`` pixels, every position equally likely.
+
+    The released crop never draws the last position; ours does.
+    """
+    room = [max(side - size, 0) for side in frames.shape[1:3]]
+    top, left = (int(rng.integers(0, r, endpoint=True)) for r in room)
+    return crop(frames, top, left, size, size)
+
+
+def center_crop(frames: np.ndarray, size: int) -> np.ndarray:
+    """Cut the central square of ``size`` pixels."""
+    height, width = frames.shape[1:3]
+    return crop(frames, (height - size) // 2, (width - size) // 2, size, size)
+
+
+def three_crops(frames: np.ndarray, size: int) -> list[np.ndarray]:
+    """Cut three squares along the long side, in the released order: start, end, middle."""
+    height, width = frames.shape[1:3]
+    top, left = height - size, width - size
+    corners = [(0, 0), (top, left), (top // 2, left // 2)]
+    return [crop(frames, y, x, size, size) for y, x in corners]
+
+
+def random_resized_crop(
+    frames: np.ndarray,
+    size: int,
+    rng: np.random.Generator,
+    area: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> np.ndarray:
+    """Cut a box of random area and aspect (width / height) and resize it to a square, bilinear.
+
+    Ten tries, then the central square. Source: released fine-tuning configs.
+    """
+    height, width = frames.shape[1:3]
+    for _ in range(10):
+        pixels = rng.uniform(*area) * height * width
+        aspect = np.exp(rng.uniform(*np.log(ratio)))
+        w, h = round(float(np.sqrt(pixels * aspect))), round(float(np.sqrt(pixels / aspect)))
+        if 0 < h <= height and 0 < w <= width:
+            top = int(rng.integers(0, height - h, endpoint=True))
+            left = int(rng.integers(0, width - w, endpoint=True))
+            return resize(crop(frames, top, left, h, w), (size, size), "bilinear")
+    return resize(center_crop(frames, min(height, width)), (size, size), "bilinear")
+
+
+def flip(frames: np.ndarray) -> np.ndarray:
+    """Mirror left and right."""
+    return frames[:, :, ::-1]
+
+
+def colour_jitter(frames: np.ndarray, rng: np.random.Generator, strength: float) -> np.ndarray:
+    """Change brightness, contrast and saturation by factors in 1 -+ ``strength``, in random order.
+
+    The released code keeps the floats; ours are rounded to uint8 at the end, a stated departure.
+    """
+    x = frames.astype(np.float32)
+    grey = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+    for operation in rng.permutation(3):
+        factor = np.float32(rng.uniform(1 - strength, 1 + strength))
+        if operation == 0:
+            x = x * factor
+        elif operation == 1:
+            x = (x @ grey).mean() * (1 - factor) + x * factor
+        else:
+            x = (x @ grey)[..., None] * (1 - factor) + x * factor
+    return np.clip(np.rint(x), 0, 255).astype(np.uint8)
+
+
+def tokenizer_view(frames: np.ndarray, size: int) -> np.ndarray:
+    """Shrink a crop to the tokenizer's square view: OpenCV LANCZOS4, no antialiasing, as released.
+
+    PIL's Lanczos gives other pixels, and so other ids.
+    """
+    return resize(frames, (size, size), "lanczos")
+
+
+def pretraining_views(
+    frames: np.ndarray,
+    size: int,
+    view_size: int,
+    short: tuple[int, int],
+    rng: np.random.Generator,
+    *,
+    jitter: float = 0.0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Make both views of one crop: pixels (T, size, size, 3), view (T, view_size, view_size, 3).
+
+    The short side is resized (bicubic) to a random integer in ``short``, both included; then
+    colour jitter, random crop, a flip in every second clip. Source: released pretraining configs.
+    """
+    side = int(rng.integers(*short, endpoint=True))
+    frames = resize_short(frames, side, "bicubic")
+    if jitter:
+        frames = colour_jitter(frames, rng, jitter)
+    frames = random_crop(frames, size, rng)
+    if rng.random() < 0.5:
+        frames = flip(frames)
+    pixels = np.ascontiguousarray(frames)
+    return pixels, tokenizer_view(pixels, view_size)
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """Turn uint8 (B, T, H, W, 3) into normalised float32 (B, 3, T, H, W) by MEAN and STD."""
+    mean = torch.tensor(MEAN, device=pixels.device)
+    std = torch.tensor(STD, device=pixels.device)
+    return ((pixels.float() - mean) / std).permute(0, 4, 1, 2, 3).contiguous()
