@@ -152,3 +152,8 @@ def normalise(pixels: Tensor) -> Tensor:
     mean = torch.tensor(MEAN, device=pixels.device)
     std = torch.tensor(STD, device=pixels.device)
     return ((pixels.float() - mean) / std).permute(0, 4, 1, 2, 3).contiguous()
+
+
+def one_thread(worker: int) -> None:
+    """Keep OpenCV to the loader process it runs in: its threads don't survive a fork."""
+    cv2.setNumThreads(0)

@@ -161,6 +161,7 @@ class TrainTokenizer:
     blocks: int = 2  # DALL-E's n_blk_per_group
     temperature: tuple[float, float] = (1.0, 0.0625)  # start and end
     kl_weight: tuple[float, float] = (0.0, 6.6)  # start and end
+    balance_weight: float = 0.0  # of using all words alike; not in DALL-E
     run: Run = field(default_factory=Run)
 
 

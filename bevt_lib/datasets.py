@@ -152,6 +152,37 @@ class PretrainImages(PretrainClips):
         return read_image(path)
 
 
+class Pictures:
+    """Pictures as a tokenizer in training sees them. ``sample`` gives "view" uint8 (v, v, 3).
+
+    An entry is a picture file, or a film with the frame's number as label; the view is made as in
+    pretraining.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        *,
+        size: int,
+        short: tuple[int, int],
+        view_size: int,
+        seed: int,
+    ):
+        self.entries = list(entries)
+        self.size, self.short, self.view_size, self.seed = size, short, view_size, seed
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def sample(self, epoch: int, index: int) -> Sample:
+        path, frame = self.entries[index]
+        is_picture = path.suffix.lower() in PICTURES
+        frames = read_image(path) if is_picture else Video(path).frames([frame])
+        rng = numpy_generator(self.seed, Purpose.CROP, Stream.IMAGE, epoch, index)
+        _, view = augment.pretraining_views(frames, self.size, self.view_size, self.short, rng)
+        return {"view": view[0]}
+
+
 class LabelledClips:
     """Clips with labels. ``sample`` gives "pixels" uint8 (T, size, size, 3) and "label".
 

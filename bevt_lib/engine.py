@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from bevt_lib import checkpoint, dist
+from bevt_lib.augment import one_thread
 from bevt_lib.config import Optim, Run
 from bevt_lib.datasets import Positions, step_batches
 from bevt_lib.optim import learning_rate, parameter_groups
@@ -218,6 +219,7 @@ def _loader(source: Source, split: Split, stream: str, start: int, stop: int) ->
         source.items,
         batch_sampler=list(batches),
         num_workers=source.items.workers,
+        worker_init_fn=one_thread,
         pin_memory=dist.device().type == "cuda",
     )
 

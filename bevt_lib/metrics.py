@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from bevt_lib import dist
-from bevt_lib.bevt import BEVT, Classifier, Tokenizer, add_tokens
 from bevt_lib.augment import normalise
+from bevt_lib.bevt import BEVT, Classifier, Tokenizer, add_tokens
 from bevt_lib.masking import mask_in_time
 
 

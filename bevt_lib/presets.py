@@ -4,6 +4,8 @@
 Every number that is not ours comes from the released configs or README of BEVT.
 """
 
+from dataclasses import replace
+
 from bevt_lib.config import Data, Finetune, Masking, Model, Optim, Pretrain, Tokens, TrainTokenizer
 
 RELEASED_NO_DECAY = (("relative_position_bias_table", 1.0, 0.0), ("norm", 1.0, 0.0))
@@ -18,6 +20,25 @@ LESSON_MODEL = Model(
 LESSON_DATA = Data(frames=8, interval=1, size=96, short=(98, 112))
 LESSON_TOKENS = Tokens(vocab_size=256)
 LESSON_MASKING = Masking(tube=(0.5, 0.75))  # of 4 time steps: each place is seen at some time
+
+
+def lesson_dvae() -> TrainTokenizer:
+    """DALL-E's tokenizer, narrow, with 256 words, on the embedded training pictures.
+
+    Trains on 32 px views of 64 px crops, the scale at which BEVT shows it 48 px views of 96 px
+    crops. One CPU core; ours, no paper row.
+    """
+    return TrainTokenizer(
+        name="lesson_dvae",
+        data=replace(LESSON_DATA, size=64),
+        tokens=LESSON_TOKENS,
+        optim=Optim(lr=4e-3, weight_decay=0.0, images=32, steps=4500, warmup=100, clip_norm=3.0,
+                    rules=(("encoder", 0.5, 1.0),)),
+        hidden=32,
+        blocks=1,
+        kl_weight=(0.0, 0.0),
+        balance_weight=0.1,
+    )  # fmt: skip
 
 
 def lesson_image() -> Pretrain:
@@ -158,3 +179,4 @@ def paper_k400() -> Finetune:
 
 PRETRAIN = {f.__name__: f for f in (lesson_image, lesson_joint, paper_image, paper_joint)}
 FINETUNE = {f.__name__: f for f in (lesson_how, lesson_what, paper_k400)}
+TRAIN_TOKENIZER = {f.__name__: f for f in (lesson_dvae,)}

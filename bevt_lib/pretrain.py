@@ -24,7 +24,7 @@ from bevt_lib.metrics import TokenScore, score_tokens
 from bevt_lib.optim import total_steps
 from bevt_lib.presets import PRETRAIN
 from bevt_lib.seeds import Purpose, Stream, seeded_globals
-from bevt_lib.tokenizer import load_tokenizer
+from bevt_lib.tokenizer import DalleTokenizer, load_tokenizer
 from bevt_lib.weights import read_weights, released_name, start_pretraining
 
 STRIDE = 16  # pixels of the clip per token: Swin's stage 3
@@ -57,6 +57,12 @@ def build_model(recipe: Pretrain) -> BEVT:
             num_heads=m.num_heads, window=m.window, patch=m.patch, drop_path=m.drop_path,
             released=m.released, linear_std=m.linear_std, streams=recipe.streams,
         )  # fmt: skip
+
+
+def build_tokenizer(recipe: Pretrain) -> DalleTokenizer:
+    """Load the recipe's frozen tokenizer; the shipped lesson tokenizer where none is named."""
+    shipped = synthetic.data_folder() / "weights" / "lesson_dvae.safetensors"
+    return load_tokenizer(recipe.tokens.weights or shipped).to(dist.device())
 
 
 def start_weights(recipe: Pretrain, model: BEVT) -> str:
@@ -137,7 +143,7 @@ def train(recipe: Pretrain) -> list[dict[str, float]]:
         torch.set_num_threads(recipe.run.threads)
     engine.be_deterministic(recipe.run.deterministic)
     dist.first_alone(synthetic.render, needed=not recipe.data.image_root)
-    tokenizer = load_tokenizer(recipe.tokens.weights or None).to(dist.device())
+    tokenizer = build_tokenizer(recipe)
     if tokenizer.vocab_size != recipe.tokens.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the recipe "
@@ -168,7 +174,7 @@ def train(recipe: Pretrain) -> list[dict[str, float]]:
 
 def score(recipe: Pretrain, model: BEVT, stream: str, count: int = 512) -> TokenScore:
     """Score a model on ``count`` held-out items of the embedded test split."""
-    tokenizer = load_tokenizer(recipe.tokens.weights or None).to(dist.device())
+    tokenizer = build_tokenizer(recipe)
     return score_tokens(model, tokenizer, stream, build_items(recipe, stream, "test"), count)
 
 

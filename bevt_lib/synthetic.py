@@ -131,9 +131,7 @@ def draw_scene(split: str, index: int, kind: int, motion: int) -> Scene:
     # The scene moves left when the camera moves right. On screen y points down.
     sign = (1, -1, 1, -1, 1, -1, 1, -1)[motion]
     velocity[motion // 2] = sign * speed[motion // 2]
-    return Scene(
-        photo.name, name.name, kind, motion, tile, rng.uniform(low, high), velocity
-    )
+    return Scene(photo.name, name.name, kind, motion, tile, rng.uniform(low, high), velocity)
 
 
 def _torus(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:

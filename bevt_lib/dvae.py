@@ -1,0 +1,187 @@
+"""Training DALL-E's discrete VAE: Gumbel-softmax relaxation, logit-Laplace pixels, KL to uniform.
+
+Source: Ramesh et al. 2021 (DALL-E), section 2.1 and appendix A: temperature from 1 to 1/16, KL
+weight rising to 6.6, the whole divided by the number of sub-pixels. The lesson's schedule lengths
+are ours.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from dall_e import map_pixels, unmap_pixels
+from einops import rearrange
+from torch import Tensor, nn
+
+from bevt_lib.terms import Term
+from bevt_lib.tokenizer import FACTOR, DalleTokenizer, build
+
+SUBPIXELS_PER_CELL = FACTOR * FACTOR * 3
+
+
+class DVAE(nn.Module):
+    """The tokenizer in training: relaxed codes instead of ids, so that gradients pass.
+
+    ``grid`` is the (height, width) of the id grid that training pictures give; it sets how much
+    noise a picture needs.
+
+    "balance_weight" weighs the divergence of the *average* distribution over the batch's cells from
+    the uniform one, the part of the KL that keeps all words in use, apart from the part that blurs
+    each cell. Our aid for short runs: without it a tenth of the words were used. The average is
+    taken per micro-batch, so here alone the number of processes changes the objective a little.
+    """
+
+    def __init__(self, hidden: int, blocks: int, vocab_size: int, grid: tuple[int, int]):
+        super().__init__()
+        self.encoder, self.decoder = build(hidden, blocks, vocab_size)
+        self.to(memory_format=torch.channels_last)  # faster on CPU
+        undo_gain(self)
+        self.vocab_size = vocab_size
+        self.noise_sizes = {"picture": vocab_size * grid[0] * grid[1]}
+
+    @torch.no_grad()
+    def spread_codes(self, pixels: Tensor, generator: torch.Generator, gap: float = 12.0) -> None:
+        """Start the words at the k-means centres of the untrained encoder's features.
+
+        Every word then names some cells from the first step. ``pixels``: float (N, 3, h, w) in
+        0..1; ``gap`` is the median lead of the best logit over the middle one. Our choice.
+        """
+        *body, output = self.encoder.blocks
+        x = map_pixels(pixels)
+        for block in body:
+            x = block(x)
+        features = output.relu(x).permute(0, 2, 3, 1).flatten(0, 2)
+        centre = features.mean(0)
+        codes = kmeans(features - centre, self.vocab_size, generator)
+        scores = (features - centre) @ codes.T - codes.square().sum(1) / 2
+        scale = gap / (scores.max(1).values - scores.median(1).values).median()
+        output.conv.w.copy_((codes * scale)[:, :, None, None])
+        output.conv.b.copy_(-scale * (codes @ centre + codes.square().sum(1) / 2))
+
+    def counts(self, batch: Mapping[str, Mapping[str, Tensor]]) -> list[int]:
+        """Count the pictures."""
+        return [len(batch["picture"]["pixels"])]
+
+    def forward(
+        self, batch: Mapping[str, Mapping[str, Tensor]], noise: Mapping[str, Tensor]
+    ) -> dict[str, Term]:
+        """Give the loss for {"picture": {"pixels", "temperature", "kl_weight", "balance_weight"}}.
+
+        "pixels": float (B, 3, h, w) in 0..1. ``noise["picture"]``: uniform (B, vocab * h/8 * w/8),
+        turned into Gumbel noise, so that each picture's draw is its own whatever the batch.
+        """
+        part = batch["picture"]
+        target = map_pixels(part["pixels"]).contiguous(memory_format=torch.channels_last)
+        logits = self.encoder(target).float()
+        gumbel = -(-noise["picture"].clamp(1e-9, 1 - 1e-7).log()).log()
+        relaxed = (logits + gumbel.view(logits.shape)) / float(part["temperature"])
+        words = relaxed.softmax(dim=1)
+        mean, log_spread = self.decoder(words).float().chunk(2, dim=1)
+        pixels = logit_laplace_nll(target, mean, log_spread).mean(dim=(1, 2, 3))
+        divergence = kl_to_uniform(logits).mean(dim=(1, 2))
+        weight = float(part["kl_weight"]) / SUBPIXELS_PER_CELL
+        loss = (pixels + weight * divergence).sum()
+        average = logits.softmax(dim=1).mean(dim=(0, 2, 3))
+        imbalance = (average * average.clamp(min=1e-9).log()).sum() + math.log(self.vocab_size)
+        loss = loss + float(part["balance_weight"]) * imbalance * len(target)
+        painted = unmap_pixels(torch.sigmoid(mean.detach()))
+        error = (painted - part["pixels"]).square().mean(dim=(1, 2, 3)).sum()
+        return {
+            "picture": Term(
+                loss,
+                len(target),
+                {
+                    "mse": error,
+                    "kl": divergence.detach().sum(),
+                    "imbalance": imbalance.detach() * len(target),
+                },
+            )
+        }
+
+    def freeze(self) -> DalleTokenizer:
+        """Turn the trained parts into the tokenizer."""
+        return DalleTokenizer(self.encoder, self.decoder)
+
+
+@torch.no_grad()
+def undo_gain(model: nn.Module) -> None:
+    """Start residual branches at full size: DALL-E's blocks scale theirs down by layers squared.
+
+    Our choice for short runs on few layers: the branches paint all detail inside a cell.
+    """
+    for block in model.modules():
+        if hasattr(block, "post_gain"):
+            block.res_path.conv_4.w.div_(block.post_gain)
+
+
+def kmeans(points: Tensor, number: int, generator: torch.Generator, rounds: int = 12) -> Tensor:
+    """Lloyd's algorithm from random points: (n, d) to (number, d); empty cells keep their place."""
+    centres = points[torch.randperm(len(points), generator=generator)[:number]].clone()
+    for _ in range(rounds):
+        nearest = torch.cat([torch.cdist(p, centres).argmin(1) for p in points.split(4096)])
+        sums = torch.zeros_like(centres).index_add_(0, nearest, points)
+        counts = torch.bincount(nearest, minlength=number)[:, None]
+        centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
+    return centres
+
+
+def logit_laplace_nll(target: Tensor, mean: Tensor, log_spread: Tensor) -> Tensor:
+    """Negative log-likelihood of mapped pixels in (0, 1) under DALL-E's logit-Laplace density."""
+    log_spread = log_spread.clamp(min=-5.0)
+    logit = torch.logit(target)
+    return (
+        (logit - mean).abs() * torch.exp(-log_spread)
+        + log_spread
+        + (2 * target * (1 - target)).log()
+    )
+
+
+def kl_to_uniform(logits: Tensor) -> Tensor:
+    """Divergence of each cell's distribution from the uniform one, nats: (B, V, h, w) to (B, h, w)."""
+    log_p = logits.log_softmax(dim=1)
+    return (log_p.exp() * log_p).sum(dim=1) + math.log(logits.shape[1])
+
+
+def anneal(step: int, steps: int, start: float, end: float, share: float = 0.8) -> float:
+    """Move from ``start`` to ``end`` along a half cosine over the first ``share`` of the steps."""
+    done = min(1.0, step / max(1.0, share * steps))
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def psnr(pictures: Tensor, painted: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of uint8 pictures, from the mean squared error of all."""
+    error = (pictures.double() - painted.double()).square().mean()
+    return float(10 * torch.log10(255**2 / error))
+
+
+def usage(ids: Tensor, vocab_size: int) -> tuple[float, float]:
+    """Give (share of the codebook used, perplexity of the ids)."""
+    shares = torch.bincount(ids.flatten(), minlength=vocab_size) / ids.numel()
+    used = shares[shares > 0]
+    return len(used) / vocab_size, float(torch.exp(-(used * used.log()).sum()))
+
+
+def cells_of(pictures: Tensor) -> Tensor:
+    """Cut uint8 pictures (N, h, w, 3) into 8x8 cells: float (cells, 192)."""
+    return rearrange(pictures.float(), "n (h y) (w x) c -> (n h w) (y x c)", y=FACTOR, x=FACTOR)
+
+
+def nearest_code(pictures: Tensor, codes: Tensor) -> Tensor:
+    """Paint every 8x8 cell by the nearest of given codes (K, 192): uint8 like ``pictures``."""
+    cells = cells_of(pictures)
+    chosen = torch.cat([torch.cdist(part, codes).argmin(1) for part in cells.split(4096)])
+    return _join(codes[chosen], pictures.shape)
+
+
+def mean_colours(pictures: Tensor) -> Tensor:
+    """Paint every 8x8 cell in its mean colour: the trivial baseline."""
+    cells = cells_of(pictures).view(-1, FACTOR * FACTOR, 3)
+    return _join(cells.mean(1, keepdim=True).expand_as(cells).flatten(1), pictures.shape)
+
+
+def _join(cells: Tensor, shape: torch.Size) -> Tensor:
+    grid = rearrange(
+        cells, "(n h w) (y x c) -> n (h y) (w x) c",
+        n=shape[0], h=shape[1] // FACTOR, y=FACTOR, x=FACTOR, c=3,
+    )  # fmt: skip
+    return grid.round().clamp(0, 255).to(torch.uint8)
