@@ -27,7 +27,7 @@ def resize(frames: np.ndarray, size: tuple[int, int], interpolation: str) -> np.
 
 
 def resize_short(frames: np.ndarray, short: int, interpolation: str = "bilinear") -> np.ndarray:
-    """Resize so that the short side is ``short`` pixels; the long side is rounded (+ 0.5, floor)."""
+    """Resize so that the short side is ``short`` pixels; the long side is rounded."""
     height, width = frames.shape[1:3]
     scale = short / min(height, width)
     size = (int(height * scale + 0.5), int(width * scale + 0.5))

@@ -4,6 +4,7 @@ A data set is a picklable object with ``sample(epoch, index)``: a dict of arrays
 (seed, stream, epoch, index) and on nothing else, so that neither worker, process nor resume shows.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from random import Random
@@ -47,7 +48,7 @@ def read_list(
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise ValueError(f"{path}: can't read this list ({reason}); give another") from None
@@ -55,20 +56,20 @@ def read_list(
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        name, _, word = line.strip().rpartition(" ")
-        if name and word.isdecimal():
-            label = int(word)
-        elif not labelled:
-            name, label = line.strip(), -1
-        else:
+        name, label = line.strip(), -1
+        words = name.rsplit(maxsplit=1)
+        if len(words) == 2 and words[1].removeprefix("-").isdecimal():
+            name, label = words[0], int(words[1])
+        elif labelled:
             raise ValueError(
-                f"{path}, line {number}: {line.strip()[:60]!r} is not `path label`: write the "
-                "video's path, a space and the class number"
+                f"{path}, line {number}: {name[:60]!r} is not `path label`: write the video's "
+                "path, a space and the class number"
             )
-        if num_classes is not None and label >= num_classes:
+        if labelled and not 0 <= label < (num_classes or math.inf):
+            known = f"0..{num_classes - 1}" if num_classes else "0, 1, 2, ..."
             raise ValueError(
-                f"{path}, line {number}: label {label} is out of range 0..{num_classes - 1}: "
-                "correct the list or set --num-classes"
+                f"{path}, line {number}: label {label} is not one of the classes {known}: correct "
+                "the list or set --num-classes"
             )
         entries.append(Entry(Path(root) / name, label))
     if not entries:
@@ -82,7 +83,8 @@ def read_image_folder(root: Path) -> list[Entry]:
     Raises ValueError where the folder is missing or holds no picture.
     """
     root = Path(root)
-    classes = sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
+    folders = root.iterdir() if root.is_dir() else []
+    classes = sorted(p for p in folders if p.is_dir() and not p.name.startswith("."))
     entries = [
         Entry(picture, label)
         for label, folder in enumerate(classes)
@@ -291,6 +293,7 @@ def step_batches(
 
     Step s sees positions [s * G, (s + 1) * G); each process takes one contiguous slice of it.
     """
+    assert global_batch % (world * micro_batch) == 0, (global_batch, world, micro_batch)
     share = global_batch // world
     for step in range(start, stop):
         first = step * global_batch + rank * share
