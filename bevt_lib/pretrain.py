@@ -60,9 +60,18 @@ def build_model(recipe: Pretrain) -> BEVT:
 
 
 def build_tokenizer(recipe: Pretrain) -> DalleTokenizer:
-    """Load the recipe's frozen tokenizer; the shipped lesson tokenizer where none is named."""
+    """Load the recipe's frozen tokenizer; the shipped lesson tokenizer where none is named.
+
+    Raises ValueError where its vocabulary isn't the recipe's.
+    """
     shipped = synthetic.data_folder() / "weights" / "lesson_dvae.safetensors"
-    return load_tokenizer(recipe.tokens.weights or shipped).to(dist.device())
+    tokenizer = load_tokenizer(recipe.tokens.weights or shipped).to(dist.device())
+    if tokenizer.vocab_size != recipe.tokens.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the recipe "
+            f"{recipe.tokens.vocab_size}: set --tokens.vocab-size or --tokens.weights"
+        )
+    return tokenizer
 
 
 def start_weights(recipe: Pretrain, model: BEVT) -> str:
@@ -142,17 +151,12 @@ def train(recipe: Pretrain) -> list[dict[str, float]]:
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
     engine.be_deterministic(recipe.run.deterministic)
-    dist.first_alone(synthetic.render, needed=not recipe.data.image_root)
-    tokenizer = build_tokenizer(recipe)
-    if tokenizer.vocab_size != recipe.tokens.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the recipe "
-            f"{recipe.tokens.vocab_size}: set --tokens.vocab-size or --tokens.weights"
-        )
     model = build_model(recipe)
     report = start_weights(recipe, model)
     if dist.rank() == 0:
         print(report)
+    tokenizer = build_tokenizer(recipe)
+    dist.first_alone(synthetic.render, needed=not recipe.data.image_root)
     sources = {
         stream: Source(
             Positions(

@@ -292,7 +292,8 @@ class Swin(nn.Module):
         for dim, heads in zip(self.dims, num_heads, strict=True):
             if dim % heads:
                 raise ValueError(f"a width of {dim} can't be split into {heads} heads")
-        rates = torch.linspace(0, drop_path, sum(depths)).tolist()
+        last = max(1, sum(depths) - 1)
+        rates = [drop_path * i / last for i in range(sum(depths))]
         self.stages = nn.ModuleList()
         for i, (dim, depth, heads) in enumerate(zip(self.dims, depths, num_heads, strict=True)):
             mine = rates[sum(depths[:i]) : sum(depths[: i + 1])]

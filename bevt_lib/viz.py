@@ -1,0 +1,102 @@
+"""Figures for the notebooks. Every function returns the figure or the arrays it shows."""
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from bevt_lib.bevt import BEVT, Tokenizer, add_tokens
+from bevt_lib.masking import mask_in_time
+from bevt_lib.metrics import smooth
+
+GREY = np.array([128, 128, 128], dtype=np.uint8)
+
+
+def enlarge(cells: np.ndarray, size: int) -> np.ndarray:
+    """Repeat the cells of (T, h, w, ...) so that each frame is ``size`` pixels high and wide."""
+    rows = cells.repeat(size // cells.shape[1], axis=1)
+    return rows.repeat(size // cells.shape[2], axis=2)
+
+
+def hide_pixels(frames: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Grey out hidden cells: frames uint8 (T, H, W, 3), mask bool (T or D, h, w), True = hidden."""
+    mask = mask.repeat(len(frames) // len(mask), axis=0)
+    return np.where(enlarge(mask, frames.shape[1])[..., None], GREY, frames)
+
+
+def colours_of_ids(ids: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Give each id its own colour: (T, h, w) to uint8 (T, h, w, 3). Alike ids aren't alike colours."""
+    palette = plt.get_cmap("hsv")(np.random.default_rng(0).permutation(vocab_size) / vocab_size)
+    return (palette[ids][..., :3] * 255).astype(np.uint8)
+
+
+def show_rows(rows: Mapping[str, np.ndarray], *, every: int = 1, width: float = 11.0) -> Figure:
+    """Draw one row of frames for each named uint8 (T, H, W, 3), time from left to right."""
+    columns = max(len(r[::every]) for r in rows.values())
+    side = min(width / columns, 2.2)
+    figure, axes = plt.subplots(
+        len(rows), columns, figsize=(side * columns + 1.0, side * len(rows) + 0.25), squeeze=False
+    )
+    for line, (name, frames) in zip(axes, rows.items(), strict=True):
+        for axis in line:
+            axis.set_axis_off()
+        for axis, number in zip(line, range(0, len(frames), every), strict=False):
+            axis.imshow(frames[number], interpolation="nearest")
+            if line is axes[0]:
+                axis.set_title(f"t={number}" if columns > 1 else "", fontsize=8)
+        line[0].text(-0.08, 0.5, name, transform=line[0].transAxes, ha="right", va="center",
+                     fontsize=9)  # fmt: skip
+    figure.subplots_adjust(left=0.13, right=0.995, top=0.93, bottom=0.01, wspace=0.04, hspace=0.06)
+    plt.close(figure)
+    return figure
+
+
+@torch.no_grad()
+def prediction_rows(
+    model: BEVT, tokenizer: Tokenizer, stream: str, sample: Mapping[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], float]:
+    """Show what the model thinks is hidden: four rows of frames, and the share it names right.
+
+    Rows, each uint8 (T, S, S, 3): the original, the original with hidden cells greyed, all
+    predicted ids painted by the tokenizer, and those painted cells pasted into the visible part.
+    The last two are shown at the tokenizer's resolution.
+    """
+    model.eval()
+    batch = {k: torch.from_numpy(np.asarray(v))[None] for k, v in sample.items()}
+    part = add_tokens({stream: batch}, tokenizer)[stream]
+    ids = model.predict(stream, part["pixels"], part["mask"])
+    hidden = mask_in_time(part["mask"], model.frames_per_step[stream])
+    painted = tokenizer.decode(ids[0]).numpy()
+    view = sample["view"]
+    mask = enlarge(hidden[0].numpy(), view.shape[1])[..., None]
+    rows = {
+        "original": sample["pixels"],
+        "masked": hide_pixels(sample["pixels"], hidden[0].numpy()),
+        "predicted": painted,
+        "pasted": np.where(mask, painted, view),
+    }
+    right = (ids == part["ids"])[hidden].float().mean()
+    return rows, float(right)
+
+
+def show_curves(
+    curves: Mapping[str, Sequence[float]],
+    *,
+    baselines: Mapping[str, float] | None = None,
+    window: int = 25,
+    ylabel: str = "loss (nats)",
+) -> Figure:
+    """Draw curves over steps, averaged over a trailing window, with baselines as dashed lines."""
+    figure, axis = plt.subplots(figsize=(7, 3))
+    for name, values in curves.items():
+        axis.plot(smooth(values, window), label=name)
+    for number, (name, value) in enumerate((baselines or {}).items()):
+        axis.axhline(value, ls="--", lw=1, color=f"C{7 + number}", label=f"{name}: {value:.2f}")
+    axis.set_xlabel(f"step (mean of the last {window})")
+    axis.set_ylabel(ylabel)
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    plt.close(figure)
+    return figure

@@ -1,0 +1,84 @@
+"""Two small widgets: sliders beside a picture. Plain ``observe``, so that notebooks stay testable."""
+
+import io
+from collections.abc import Callable, Mapping
+from random import Random
+
+import ipywidgets
+import numpy as np
+from PIL import Image
+
+from bevt_lib.masking import tube_mask
+from bevt_lib.viz import hide_pixels
+
+
+def png(picture: np.ndarray, zoom: int = 1) -> bytes:
+    """Encode uint8 (H, W, 3) as PNG, each pixel repeated ``zoom`` times each way."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture.repeat(zoom, axis=0).repeat(zoom, axis=1)).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def panel(
+    sliders: Mapping[str, ipywidgets.Widget], draw: Callable[..., tuple[np.ndarray, str]], zoom: int
+) -> ipywidgets.VBox:
+    """Put sliders over a picture and a line of text that follow them."""
+    picture = ipywidgets.Image(format="png")
+    text = ipywidgets.Label()
+
+    def update(_: object = None) -> None:
+        frame, line = draw(**{name: slider.value for name, slider in sliders.items()})
+        picture.value = png(np.ascontiguousarray(frame), zoom)
+        text.value = line
+
+    for slider in sliders.values():
+        slider.observe(update, "value")
+    update()
+    return ipywidgets.VBox([*sliders.values(), text, picture])
+
+
+def mask_explorer(clips: Mapping[str, np.ndarray], grid: int, frames_per_step: int = 2):
+    """Explore tube masks: clip, share, smallest block, tube length, seed and time.
+
+    ``clips``: uint8 (T, S, S, 3) by name, all of one shape.
+    """
+    frames = len(next(iter(clips.values())))
+    steps = frames // frames_per_step
+
+    def draw(clip, share, block, length, seed, time):
+        target = max(1, round(share * grid * grid))
+        mask = tube_mask((steps, grid, grid), Random(seed), length=length, target=target,
+                         min_block=min(block, target))  # fmt: skip
+        shown = hide_pixels(clips[clip], mask)[time]
+        return (
+            shown,
+            f"hidden: {mask.mean():.0%} of all tokens, {mask.any(0).mean():.0%} of a frame",
+        )
+
+    sliders = {
+        "clip": ipywidgets.Dropdown(options=list(clips), description="clip"),
+        "share": ipywidgets.FloatSlider(0.5, min=0.1, max=0.9, step=0.1, description="share"),
+        "block": ipywidgets.IntSlider(
+            max(1, round(grid * grid * 16 / 196)), min=1, max=grid * grid // 2, description="block"
+        ),
+        "length": ipywidgets.FloatRangeSlider(
+            value=(0.5, 1.0), min=0.25, max=1.0, step=0.25, description="tube"
+        ),
+        "seed": ipywidgets.IntSlider(0, min=0, max=20, description="seed"),
+        "time": ipywidgets.IntSlider(frames // 2, min=0, max=frames - 1, description="time"),
+    }
+    return panel(sliders, draw, zoom=3)
+
+
+def time_slider(rows: Mapping[str, np.ndarray]):
+    """Walk through time over rows of frames uint8 (T, S, S, 3), side by side."""
+    frames = len(next(iter(rows.values())))
+    size = max(r.shape[1] for r in rows.values())
+
+    def draw(time):
+        shown = [r[time].repeat(size // r.shape[1], 0).repeat(size // r.shape[2], 1)
+                 for r in rows.values()]  # fmt: skip
+        return np.concatenate(shown, axis=1), f"t = {time}: {' | '.join(rows)}"
+
+    slider = ipywidgets.IntSlider(0, min=0, max=frames - 1, description="time")
+    return panel({"time": slider}, draw, zoom=2)
