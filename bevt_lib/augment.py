@@ -61,11 +61,12 @@ def center_crop(frames: np.ndarray, size: int) -> np.ndarray:
 
 
 def three_crops(frames: np.ndarray, size: int) -> list[np.ndarray]:
-    """Cut three squares along the long side, in the released order: start, end, middle."""
-    height, width = frames.shape[1:3]
-    top, left = height - size, width - size
-    corners = [(0, 0), (top, left), (top // 2, left // 2)]
-    return [crop(frames, y, x, size, size) for y, x in corners]
+    """Cut three squares along the long side, in the released order: start, end, middle.
+
+    The end is twice the middle's offset, as released: in odd room one pixel is left over.
+    """
+    top, left = ((side - size) // 2 for side in frames.shape[1:3])
+    return [crop(frames, top * steps, left * steps, size, size) for steps in (0, 2, 1)]
 
 
 def random_resized_crop(

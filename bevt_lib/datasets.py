@@ -68,8 +68,8 @@ def read_list(
         if labelled and not 0 <= label < (num_classes or math.inf):
             known = f"0..{num_classes - 1}" if num_classes else "0, 1, 2, ..."
             raise ValueError(
-                f"{path}, line {number}: label {label} is not one of the classes {known}: correct "
-                "the list or set --num-classes"
+                f"{path}, line {number}: label {label} is out of range {known}: correct the list "
+                "or set --num-classes"
             )
         entries.append(Entry(Path(root) / name, label))
     if not entries:

@@ -166,9 +166,9 @@ def read_image(path: str | Path) -> np.ndarray:
         with Image.open(path) as picture:
             return np.array(ImageOps.exif_transpose(picture).convert("RGB"))[None]
     except UNREADABLE as error:
-        reason = getattr(error, "strerror", None) or "no picture, damaged or cut short"
+        reason = getattr(error, "strerror", None) or "of another kind, damaged or cut short"
         raise ValueError(
-            f"{path}: can't read this picture ({reason}); copy it again or remove it"
+            f"{path}: is no readable picture ({reason}); copy it again or remove it"
         ) from None
 
 
