@@ -57,11 +57,12 @@ class Video:
                 long = with_decord and promised > SHORT
                 packets = [] if long else list(container.demux(stream))
                 if with_decord and max(promised, len(packets)) > SHORT:
-                    self._reader = _index(self.path)
+                    self._reader = _index(self.path, promised)
                 if self._reader is None:
                     stream.codec_context.thread_count = 1
                     packets = packets or list(container.demux(stream))
-                    self._pictures = [p for packet in packets for p in packet.decode()]
+                    pictures = [p for packet in packets for p in packet.decode()]
+                    self._pictures = [p for p in pictures if not p.is_corrupt]
                 share = _share(len(self), container, packets)
         except (av.FFmpegError, OSError) as error:
             raise self._damaged(error.strerror or str(error)) from None
@@ -98,12 +99,16 @@ class Video:
         )
 
 
-def _index(path: Path):
-    """Open a video with decord; None where it can't, as with GIF and AV1."""
+def _index(path: Path, promised: int):
+    """Open a video with decord; None where it can't (GIF, AV1) or where frames are missing.
+
+    decord makes up what it can't decode at the end of a cut file; PyAV says so.
+    """
     try:
-        return decord.VideoReader(str(path), num_threads=1)
+        reader = decord.VideoReader(str(path), num_threads=1)
     except (decord.DECORDError, RuntimeError):
         return None
+    return reader if promised in (0, len(reader)) else None
 
 
 def _share(held: int, container: av.container.InputContainer, packets: list[av.Packet]) -> float:
