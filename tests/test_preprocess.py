@@ -99,6 +99,7 @@ def test_three_crops_are_the_released_ones(golden, name, size):
 def test_centre_crop_is_the_released_one(golden):
     cut = augment.center_crop(address_picture(256, 341), 224)
     assert box_of(cut) == golden["centercrop/bbox_xyxy"].tolist()
+    assert box_of(augment.center_crop(address_picture(341, 256), 224)) == [16, 58, 240, 282]
 
 
 @GOLDEN
@@ -148,6 +149,8 @@ def test_random_resized_crop_draws_torchvisions_boxes(monkeypatch):
     for mine, other in zip(np.array(ours).T, np.array(theirs).T, strict=True):
         quantiles = [5, 25, 50, 75, 95]
         assert np.abs(np.percentile(mine, quantiles) - np.percentile(other, quantiles)).max() <= 3.5
+    aspects = [np.log(np.array(b)[:, 3] / np.array(b)[:, 2]).mean() for b in (ours, theirs)]
+    assert abs(aspects[0] - aspects[1]) < 0.015  # 0.03 if the aspect itself were uniform
 
 
 def test_random_resized_crop_falls_back_to_the_central_square():

@@ -1,0 +1,322 @@
+"""Lists, samples and positions: keyed, complete, and clear about bad input."""
+
+import pickle
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from bevt_lib import augment, synthetic
+from bevt_lib.datasets import (
+    Entry,
+    LabelledClips,
+    Pictures,
+    Positions,
+    PretrainClips,
+    PretrainImages,
+    read_image_folder,
+    read_list,
+    step_batches,
+)
+from bevt_lib.pretrain import hide_blocks, hide_tubes
+from bevt_lib.seeds import Stream
+from bevt_lib.video import VideoError, test_frames, write_video
+
+test_frames.__test__ = False  # a library function, not a test
+
+
+@pytest.fixture(scope="module")
+def folder():
+    return synthetic.render()
+
+
+@pytest.fixture
+def clips(folder):
+    hide = partial(hide_tubes, grid=(4, 6, 6), target=18, length=(0.5, 0.75))
+    entries = read_list(folder / "how_val.txt", folder)
+    return PretrainClips(entries, frames=8, interval=1, size=96, short=(98, 112), view_size=48,
+                         mask=hide, seed=0)  # fmt: skip
+
+
+def same(a, b):
+    return all(np.array_equal(a[k], b[k]) for k in a)
+
+
+def test_a_sample_depends_on_its_key_alone(clips):
+    assert same(clips.sample(3, 7), clips.sample(3, 7))
+    assert not same(clips.sample(3, 7), clips.sample(4, 7))
+    clips.seed = 1
+    other = clips.sample(3, 7)
+    clips.seed = 0
+    assert not same(clips.sample(3, 7), other)
+
+
+def test_streams_do_not_draw_alike(folder):
+    hide = partial(hide_blocks, grid=(6, 6), target=18)
+    settings = {"size": 96, "short": (98, 112), "view_size": 48, "mask": hide, "seed": 0}
+    images = PretrainImages(read_image_folder(folder / "images" / "val"), **settings)
+    clips = PretrainClips(images.entries, frames=1, interval=1, **settings)
+    masks = [(images.sample(0, i)["mask"], clips.mask) for i in range(3)]
+    clips.read = images.read
+    for index, (mask, _) in enumerate(masks):
+        assert not np.array_equal(mask, clips.sample(0, index)["mask"])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_worker_count_does_not_change_samples(clips, workers):
+    positions = Positions(clips, seed=0, stream=Stream.VIDEO)
+    batches = list(step_batches(0, 3, 4, 0, 1, 2))
+    loader = DataLoader(positions, batch_sampler=batches, num_workers=workers)
+    seen = [b["pixels"] for b in loader]
+    expected = [torch.from_numpy(np.stack([positions[p]["pixels"] for p in b])) for b in batches]
+    assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
+
+
+def test_each_epoch_shows_every_item_once(clips):
+    positions = Positions(clips, seed=0, stream=Stream.VIDEO)
+    n = len(positions)
+    first = [positions.index_at(p)[1] for p in range(n)]
+    second = [positions.index_at(p)[1] for p in range(n, 2 * n)]
+    assert sorted(first) == sorted(second) == list(range(n)) and first != second
+    assert positions.index_at(n - 1)[0] == 0 and positions.index_at(n)[0] == 1
+    assert [positions.index_at(p)[1] for p in range(n)] == first
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_processes_share_a_global_batch_without_overlap(world):
+    for step in range(2, 5):
+        ranks = [list(step_batches(step, step + 1, 12, r, world, 2)) for r in range(world)]
+        assert all(len(batch) == 2 for rank in ranks for batch in rank)
+        together = [p for rank in ranks for batch in rank for p in batch]
+        assert together == list(range(12 * step, 12 * step + 12))
+
+
+def test_labelled_clips_are_not_flipped_for_how(folder):
+    entries = read_list(folder / "how_val.txt", folder, num_classes=8)
+    settings = {"frames": 8, "interval": 1, "size": 96, "short": (112, 112), "seed": 0}
+    plain = LabelledClips(entries, **settings, train=True, flip=False, crop="random")
+    for epoch in range(6):
+        out = plain.sample(epoch, 0)
+        first = out["pixels"][0].astype(int)
+        whole = synthetic.render_clip(synthetic.draw_scene("val", 0, *synthetic.labels("val", 0)))
+        gaps = [
+            np.abs(frame[y : y + 96, x : x + 96].astype(int) - first).mean()
+            for frame in whole for y in range(0, 17, 2) for x in range(0, 17, 2)
+        ]  # fmt: skip
+        assert min(gaps) < 12 and out["label"] == entries[0].label
+
+
+def test_views_are_clips_by_crops(folder):
+    entries = read_list(folder / "what_val.txt", folder)
+    items = LabelledClips(entries, frames=8, interval=1, size=96, short=(98, 112), seed=0,
+                          train=False, flip=False)  # fmt: skip
+    views = items.views(0, 2, 3)
+    assert views.shape == (6, 8, 96, 96, 3)
+    assert not np.array_equal(views[0], views[3])
+    assert np.array_equal(items.sample(0, 0)["pixels"], items.sample(9, 0)["pixels"])
+
+
+BAD_LISTS = {
+    "missing": (None, "can't read"),
+    "empty": ("\n\n", "empty"),
+    "malformed": ("a.mp4 0\nb.mp4\n", "line 2"),
+    "label out of range": ("a.mp4 0\nb.mp4 8\n", "line 2.*out of range 0..7"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_LISTS)
+def test_bad_lists_name_file_and_line(tmp_path, kind):
+    content, message = BAD_LISTS[kind]
+    path = tmp_path / "list.txt"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        read_list(path, tmp_path, num_classes=8)
+    assert "list.txt" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_paths_may_hold_spaces_and_labels_may_be_missing_in_pretraining(tmp_path):
+    path = tmp_path / "list.txt"
+    path.write_text("a clip.mp4 3\nother.mp4\n")
+    entries = read_list(path, tmp_path, labelled=False)
+    assert [(e.path.name, e.label) for e in entries] == [("a clip.mp4", 3), ("other.mp4", -1)]
+
+
+def test_an_image_folder_without_pictures_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no pictures found"):
+        read_image_folder(tmp_path / "nothing")
+
+
+def test_a_missing_video_is_named(clips, tmp_path):
+    clips.entries[0] = clips.entries[0]._replace(path=tmp_path / "gone.mp4")
+    with pytest.raises(VideoError, match=r"gone\.mp4"):
+        clips.sample(0, 0)
+
+
+STEP = 4  # grey levels from one frame of a counting film to the next
+
+
+@pytest.fixture(scope="module")
+def counting(tmp_path_factory):
+    """Films whose pixels count: grey rises by STEP a frame and by half a level per column."""
+    root = tmp_path_factory.mktemp("counting")
+    ramp = np.broadcast_to(np.arange(96) / 2, (64, 96))[None, ..., None]
+    for name, length in (("short.mp4", 10), ("long.mp4", 40)):
+        grey = ramp + STEP * np.arange(length)[:, None, None, None]
+        frames = np.rint(grey).astype(np.uint8).repeat(3, axis=-1)
+        write_video(root / name, frames, crf=1)
+    (root / "list.txt").write_text("short.mp4 0\nlong.mp4 1\n")
+    return read_list(root / "list.txt", root, num_classes=2)
+
+
+def frame_numbers(pixels, left=0):
+    """Read the frame numbers back from crops of a counting film that start at column ``left``."""
+    column = (left + np.arange(pixels.shape[2])) / 2
+    level = pixels.astype(float).mean((1, 3)) - column[None]
+    return np.rint(level.mean(1) / STEP).astype(int).tolist()
+
+
+def whole_crops(entries, interval=3, **settings):
+    """Labelled clips that are cropped at random from the films' own size."""
+    return LabelledClips(entries, frames=5, interval=interval, size=64, short=(64, 64), seed=0,
+                         **settings)  # fmt: skip
+
+
+def test_a_training_clip_holds_every_third_frame_and_wraps(counting):
+    clips = whole_crops(counting, train=True, flip=False, crop="random")
+    starts = set()
+    for epoch in range(60):
+        # Where a crop lies shifts all its frames by the same level: only differences count.
+        film, short = (clips.sample(epoch, i)["pixels"].mean((1, 2, 3)) / STEP for i in (1, 0))
+        assert np.rint(np.diff(film)).tolist() == [3, 3, 3, 3]
+        assert np.rint(np.diff(short)).tolist() == [3, 3, 3, -7]  # frames 0 3 6 9 2
+        starts.add(round(film[0]))
+    assert len(starts) > 15
+    assert clips.sample(0, 1)["label"] == 1
+
+
+def test_test_views_are_clip_by_clip_start_end_middle(counting):
+    items = whole_crops(counting, train=False, flip=False)
+    views = items.views(1, 2, 3)
+    starts = test_frames(40, 5, 3, 2)[:, 0]
+    for view, (start, left) in zip(
+        views, [(s, left) for s in starts for left in (0, 32, 16)], strict=True
+    ):
+        assert frame_numbers(view, left) == [start + 3 * i for i in range(5)]
+    centre = items.sample(0, 1)["pixels"]
+    middle = test_frames(40, 5, 3, 1)[0]
+    assert frame_numbers(centre, 16) == middle.tolist()
+    with pytest.raises(ValueError, match="1 or 3"):
+        items.views(1, 1, 2)
+
+
+@pytest.mark.parametrize(("flip", "share"), [(False, (0, 0)), (True, (0.35, 0.65))])
+def test_clips_are_flipped_as_a_whole_and_only_where_asked(counting, flip, share):
+    clips = whole_crops(counting, train=True, flip=flip, crop="random")
+    mirrored = []
+    for epoch in range(100):
+        pixels = clips.sample(epoch, 1)["pixels"].astype(int)
+        falls = pixels[:, :, 0].mean((1, 2)) > pixels[:, :, -1].mean((1, 2))
+        assert falls.all() or not falls.any()
+        mirrored.append(falls[0])
+    assert share[0] <= np.mean(mirrored) <= share[1]
+
+
+def test_pretraining_clips_take_frames_at_the_interval(counting):
+    clips = PretrainClips(counting, frames=4, interval=5, size=64, short=(64, 64), view_size=32,
+                          mask=lambda rng: np.zeros((2, 4, 4), bool), seed=0)  # fmt: skip
+    sample = clips.sample(0, 1)
+    for part in ("pixels", "view"):
+        grey = sample[part].astype(float).mean((1, 2, 3)) / STEP
+        assert np.rint(np.diff(grey)).tolist() == [5, 5, 5]
+
+
+def test_a_crop_must_be_named_rightly(counting):
+    with pytest.raises(ValueError, match="random_resized or random, got 'center'"):
+        whole_crops(counting, train=True, flip=False, crop="center")
+
+
+def test_a_pickled_data_set_gives_the_same_samples(clips):
+    copy = pickle.loads(pickle.dumps(clips))
+    assert same(copy.sample(2, 5), clips.sample(2, 5))
+
+
+def test_workers_forked_after_decoding_still_decode(clips):
+    """Long videos too: the decoders' and OpenCV's threads don't survive a fork."""
+    films = sorted((synthetic.data_folder() / "film").glob("*.mp4"))
+    clips.entries = [Entry(film, -1) for film in films] * 2
+    positions = Positions(clips, seed=0, stream=Stream.VIDEO)
+    expected = [positions[p]["pixels"] for p in range(8)]
+    loader = DataLoader(
+        positions, batch_sampler=[[p] for p in range(8)], num_workers=2, timeout=60,
+        multiprocessing_context="fork", worker_init_fn=augment.one_thread,
+    )  # fmt: skip
+    for batch, pixels in zip(loader, expected, strict=True):
+        assert np.array_equal(batch["pixels"][0].numpy(), pixels)
+
+
+def test_a_bad_file_in_a_worker_ends_in_its_own_line(clips, tmp_path):
+    """The door prints the last line of what a loader process raises."""
+    clips.entries = [Entry(tmp_path / "gone.mp4", -1)]
+    loader = DataLoader(Positions(clips, seed=0, stream=Stream.VIDEO), batch_sampler=[[0]],
+                        num_workers=1)  # fmt: skip
+    with pytest.raises(ValueError) as error:
+        list(loader)
+    assert "gone.mp4: no such video file; check" in str(error.value).strip().splitlines()[-1]
+
+
+def test_a_run_that_starts_later_sees_the_same_tail():
+    everything = list(step_batches(0, 9, 12, 1, 2, 3))
+    assert list(step_batches(5, 9, 12, 1, 2, 3)) == everything[5 * 2 :]
+
+
+def test_streams_are_shuffled_apart(clips):
+    orders = [
+        [Positions(clips, seed=seed, stream=stream).index_at(p)[1] for p in range(len(clips))]
+        for seed, stream in ((0, Stream.VIDEO), (0, Stream.IMAGE), (1, Stream.VIDEO))
+    ]
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        agreeing = np.mean(np.array(orders[i]) == np.array(orders[j]))
+        assert agreeing < 0.05  # two unrelated orders agree at one place on average
+
+
+def test_pictures_for_the_tokenizer_come_from_files_and_films(counting, tmp_path):
+    grey = np.full((70, 80, 3), 77, np.uint8)
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    film = counting[1].path
+    pictures = Pictures([Entry(tmp_path / "a.png", 0), Entry(film, 3), Entry(film, 30)],
+                        size=64, short=(64, 64), view_size=24, seed=0)  # fmt: skip
+    views = [pictures.sample(1, i)["view"] for i in range(3)]
+    assert all(view.shape == (24, 24, 3) for view in views)
+    assert (views[0] == 77).all()
+    between = views[2].astype(float).mean() - views[1].astype(float).mean()
+    assert abs(between - 27 * STEP) < 20  # crops may differ by 32 columns, 16 levels
+
+
+def test_lists_may_hold_tabs_marks_and_windows_line_ends(tmp_path):
+    path = tmp_path / "list.txt"
+    path.write_bytes("\ufeffa b.mp4\t3\r\n\r\nsub/é.mp4 0\r\n".encode())
+    entries = read_list(path, tmp_path, num_classes=4)
+    assert entries == [Entry(tmp_path / "a b.mp4", 3), Entry(tmp_path / "sub" / "é.mp4", 0)]
+
+
+@pytest.mark.parametrize("classes", [None, 8])
+def test_negative_labels_are_refused_where_labels_matter(tmp_path, classes):
+    path = tmp_path / "list.txt"
+    path.write_text("a.mp4 1\nb.mp4 -1\n")
+    with pytest.raises(ValueError, match=r"list\.txt, line 2: label -1 is out of range"):
+        read_list(path, tmp_path, num_classes=classes)
+    assert read_list(path, tmp_path, labelled=False)[1] == Entry(tmp_path / "b.mp4", -1)
+
+
+def test_image_folders_are_numbered_by_sorted_class(tmp_path):
+    for name in ("zebra/b.JPEG", "zebra/a.png", "ant/c.jpg", ".cache/d.jpg", "ant/notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    entries = read_image_folder(tmp_path)
+    assert [(str(e.path.relative_to(tmp_path)), e.label) for e in entries] == [
+        ("ant/c.jpg", 0), ("zebra/a.png", 1), ("zebra/b.JPEG", 1)
+    ]  # fmt: skip

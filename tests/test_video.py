@@ -1,0 +1,345 @@
+"""Reading and writing video and pictures; bad files end in one clear line."""
+
+import re
+import struct
+
+import av
+import cv2
+import numpy as np
+import pytest
+from golden_numbers import CASES, arrays
+from PIL import Image
+
+from bevt_lib import video
+from bevt_lib.synthetic import data_folder
+from bevt_lib.video import Video, VideoError, read_image, sample_frames, test_frames, write_video
+
+FILM = data_folder() / "film" / "city.mp4"
+test_frames.__test__ = False  # a library function, not a test
+
+
+@pytest.fixture
+def clip():
+    rng = np.random.default_rng(0)
+    small = rng.integers(0, 256, (12, 6, 8, 3), dtype=np.uint8)
+    return small.repeat(16, 1).repeat(16, 2)
+
+
+def test_a_clip_survives_writing_and_reading(tmp_path, clip):
+    write_video(tmp_path / "a.mp4", clip, crf=10)
+    film = Video(tmp_path / "a.mp4")
+    read = film.frames(range(len(film)))
+    assert read.shape == clip.shape and read.dtype == np.uint8
+    assert np.abs(read.astype(int) - clip).mean() < 8
+
+
+def test_the_same_frames_give_the_same_bytes(tmp_path, clip):
+    for name in ("a.mp4", "b.mp4"):
+        write_video(tmp_path / name, clip)
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4", "b.mp4"]
+
+
+@pytest.mark.skipif(video.decord is None, reason="decord has no wheel for this machine")
+def test_decord_and_pyav_agree_bit_by_bit():
+    chosen = [0, 5, 17, 3]
+    with av.open(str(FILM)) as container:
+        every = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
+    assert np.array_equal(Video(FILM).frames(chosen), np.stack(every)[chosen])
+
+
+def test_gifs_are_read(tmp_path):
+    pictures = [Image.new("RGB", (32, 24), (40 * i, 0, 0)) for i in range(5)]
+    pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:])
+    film = Video(tmp_path / "a.gif")
+    assert film.frames([0, len(film) - 1]).shape == (2, 24, 32, 3)
+
+
+def bad_file(tmp_path, kind):
+    path = tmp_path / "bad.mp4"
+    if kind == "truncated":
+        path.write_bytes(FILM.read_bytes()[:20_000])
+    elif kind == "no video":
+        path.write_text("<html>not found</html>")
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "zero frames":
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("libx264", rate=8)
+            stream.width = stream.height = 32
+    return path
+
+
+@pytest.mark.parametrize("kind", ["missing", "truncated", "no video", "empty", "zero frames"])
+def test_a_bad_video_ends_in_one_clear_line(tmp_path, kind):
+    path = bad_file(tmp_path, kind)
+    with pytest.raises(VideoError) as error:
+        film = Video(path)
+        film.frames(range(len(film)))
+    assert "bad.mp4" in str(error.value) and "\n" not in str(error.value)
+    assert any(word in str(error.value) for word in ("check", "copy", "remove"))
+
+
+def test_a_video_cut_off_in_its_middle_is_not_read_as_garbage(tmp_path):
+    """Its index at the front, its frames cut: the frames that are gone must not be made up."""
+    fast = tmp_path / "fast.mp4"
+    with (
+        av.open(str(FILM)) as source,
+        av.open(str(fast), "w", options={"movflags": "faststart"}) as target,
+    ):
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    whole = Video(fast)
+    good = whole.frames([len(whole) - 1])
+    cut = tmp_path / "cut.mp4"
+    cut.write_bytes(fast.read_bytes()[: fast.stat().st_size // 2])
+    try:
+        film = Video(cut)
+        last = film.frames([len(film) - 1])
+    except VideoError as error:
+        assert "\n" not in str(error)
+    else:
+        assert len(film) < len(whole) or np.array_equal(last, good)
+
+
+def test_bad_pictures_and_odd_sides_are_refused(tmp_path, clip):
+    (tmp_path / "a.jpg").write_bytes(b"\xff\xd8 nothing")
+    for name in ("a.jpg", "missing.jpg"):
+        with pytest.raises(ValueError, match="no readable picture"):
+            read_image(tmp_path / name)
+    with pytest.raises(ValueError, match="even sides"):
+        write_video(tmp_path / "a.mp4", clip[:, :95])
+    assert not list(tmp_path.glob("*.mp4"))
+
+
+def frame_cases():
+    golden = arrays(CASES["frames"]["file"]) if "frames" in CASES else {}
+    return [k for k in golden if k.startswith("clip") and k.endswith("/test")]
+
+
+@pytest.mark.parametrize("key", frame_cases())
+def test_test_mode_frames_equal_the_released_sampler(key):
+    parts = dict(zip("LINT", (int(p.strip("clipntNT")) for p in key.split("/")[0].split("_")),
+                     strict=True))  # fmt: skip
+    expected = arrays(CASES["frames"]["file"])[key]
+    mine = test_frames(parts["T"], parts["L"], parts["I"], parts["N"])
+    assert np.array_equal(mine.reshape(-1), expected)
+
+
+@pytest.mark.parametrize("total, length, interval", [(10, 16, 8), (130, 16, 8), (300, 32, 2)])
+def test_training_frames_start_anywhere_in_range(total, length, interval):
+    rng = np.random.default_rng(0)
+    draws = np.stack([sample_frames(total, length, interval, rng) for _ in range(3000)])
+    room = max(total - length * interval, 0)
+    assert draws[:, 0].min() == 0 and draws[:, 0].max() == room
+    assert np.array_equal(draws, (draws[:, :1] + np.arange(length) * interval) % total)
+
+
+def five_line_decode(path, indices):
+    """Decode a video from its first frame, with PyAV's own conversion."""
+    with av.open(str(path)) as container:
+        every = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
+    return np.stack([every[i] for i in indices])
+
+
+def encode(path, frames, codec="libx264", options=None, muxer=None):
+    """Write uint8 (T, H, W, 3) in any codec and container."""
+    with av.open(str(path), "w", options=muxer or {}) as container:
+        stream = container.add_stream(codec, rate=8)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.options = options or {}
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+@pytest.fixture(scope="module")
+def pan():
+    """A pan of 100 frames over a smooth picture: more than the frames that are decoded whole."""
+    small = np.random.default_rng(0).integers(0, 256, (6, 8, 3)).astype(np.uint8)
+    picture = cv2.resize(small, (128, 96))
+    return np.stack([np.roll(picture, 2 * i, axis=1) for i in range(100)])
+
+
+@pytest.mark.skipif(video.decord is None, reason="decord has no wheel for this machine")
+@pytest.mark.parametrize("length", [16, 100])
+@pytest.mark.parametrize("gop", ["1", "12", "250"])
+def test_all_readers_give_the_same_pixels(tmp_path, pan, monkeypatch, length, gop):
+    """Whole or through an index, in any order, with repetitions, whatever the key frames."""
+    encode(tmp_path / "a.mp4", pan[:length], options={"g": gop})
+    chosen = [length - 1, 0, 3, 3, length // 2, 1]
+    expected = five_line_decode(tmp_path / "a.mp4", chosen)
+    reader = video.decord.VideoReader(str(tmp_path / "a.mp4"), num_threads=1)
+    assert np.array_equal(reader.get_batch(chosen).asnumpy(), expected)
+    assert np.array_equal(Video(tmp_path / "a.mp4").frames(chosen), expected)
+    monkeypatch.setattr(video, "decord", None)  # as where it has no wheel
+    film = Video(tmp_path / "a.mp4")
+    assert len(film) == length and np.array_equal(film.frames(chosen), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [("a.webm", "libvpx-vp9"), ("a.mkv", "libx264"), ("a.avi", "mpeg4"), ("a.ts", "libx264")],
+)
+@pytest.mark.parametrize("length", [20, 80])
+def test_other_containers_are_read(tmp_path, pan, name, codec, length):
+    encode(tmp_path / name, pan[:length], codec)
+    film = Video(tmp_path / name)
+    assert len(film) == length
+    assert np.array_equal(film.frames([length - 1, 4]),
+                          five_line_decode(tmp_path / name, [length - 1, 4]))  # fmt: skip
+    assert np.abs(film.frames([9])[0].astype(int) - pan[9]).mean() < 12
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "muxer"),
+    [
+        ("a.mp4", "libx264", {"movflags": "faststart"}),
+        ("a.webm", "libvpx-vp9", {}),
+        ("a.mkv", "libx264", {}),
+        ("a.avi", "mpeg4", {}),
+    ],
+)
+@pytest.mark.parametrize("length", [40, 100])
+def test_a_video_cut_anywhere_gives_true_frames_or_an_error(
+    tmp_path, pan, capfd, name, codec, muxer, length
+):
+    encode(tmp_path / name, pan[:length], codec, {"g": "10"}, muxer)
+    whole = Video(tmp_path / name).frames(range(length))
+    content = (tmp_path / name).read_bytes()
+    refused = 0
+    capfd.readouterr()
+    for share in (0.1, 0.3, 0.5, 0.7, 0.85, 0.95, 0.999):
+        (tmp_path / name).write_bytes(content[: int(len(content) * share)])
+        try:
+            film = Video(tmp_path / name)
+            chosen = np.arange(len(film))
+            assert np.array_equal(film.frames(chosen), whole[chosen])
+            assert len(film) >= video.WHOLE * length
+        except VideoError as error:
+            refused += 1
+            assert str(error).startswith(str(tmp_path / name)) and "\n" not in str(error)
+    assert refused >= 4
+    assert capfd.readouterr().err == ""  # the decoders keep quiet: one line is the door's to print
+
+
+def test_a_clip_cut_from_a_film_without_decoding_starts_where_it_says(tmp_path, pan):
+    """Such files (many of Kinetics) hold frames before their start, which are to be discarded."""
+    encode(tmp_path / "film.mp4", pan[:30], options={"bf": "0"})
+    with (
+        av.open(str(tmp_path / "film.mp4")) as film,
+        av.open(str(tmp_path / "cut.mp4"), "w") as cut,
+    ):
+        source = film.streams.video[0]
+        stream = cut.add_stream_from_template(source)
+        tick = round(1 / (source.average_rate * source.time_base))
+        for packet in film.demux(source):
+            if packet.dts is not None:
+                packet.pts, packet.dts, packet.stream = (
+                    packet.pts - 5 * tick, packet.dts - 5 * tick, stream,
+                )  # fmt: skip
+                cut.mux(packet)
+    clip = Video(tmp_path / "cut.mp4")
+    assert len(clip) == 25
+    assert np.array_equal(clip.frames([0, 24]), Video(tmp_path / "film.mp4").frames([5, 29]))
+
+
+@pytest.mark.parametrize("length", [16, 100])
+@pytest.mark.parametrize(("matrix", "turns"), [((0, 1, -1, 0), 3), ((-1, 0, 0, -1), 2)])
+def test_a_telephone_held_upright_gives_upright_frames(tmp_path, pan, length, matrix, turns):
+    """The turn written into an mp4's track header is applied, by whichever decoder."""
+    encode(tmp_path / "a.mp4", pan[:length])
+    level = Video(tmp_path / "a.mp4").frames([3])[0]
+    content = bytearray((tmp_path / "a.mp4").read_bytes())
+    at = content.index(b"tkhd") + 44
+    a, b, c, d = (v << 16 for v in matrix)
+    content[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    (tmp_path / "a.mp4").write_bytes(content)
+    turned = Video(tmp_path / "a.mp4").frames([3])[0]
+    assert turned.shape == np.rot90(level, turns).shape
+    assert np.abs(turned.astype(int) - np.rot90(level, turns)).mean() < 1
+
+
+def test_sound_alone_is_no_video(tmp_path):
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), "fltp", "mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    with pytest.raises(VideoError, match=r"a\.mp4: holds no video; remove it"):
+        Video(tmp_path / "a.mp4")
+
+
+@pytest.mark.parametrize("indices", [[], [-1], [0, 12]])
+def test_frames_outside_the_video_are_refused(tmp_path, clip, indices):
+    write_video(tmp_path / "a.mp4", clip)
+    with pytest.raises(VideoError, match=r"choose from 0\.\.11"):
+        Video(tmp_path / "a.mp4").frames(indices)
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, clip, monkeypatch):
+    write_video(tmp_path / "a.mp4", clip)
+    before = (tmp_path / "a.mp4").read_bytes()
+
+    def fail(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(video.os, "replace", fail)
+    with pytest.raises(KeyboardInterrupt):
+        write_video(tmp_path / "a.mp4", clip[::-1])
+    assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
+    assert (tmp_path / "a.mp4").read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", [".png", ".jpg", ".webp", ".bmp"])
+def test_pictures_are_read_as_opencv_reads_them_and_cut_ones_refused(tmp_path, pan, capfd, kind):
+    path = tmp_path / f"a{kind}"
+    path.write_bytes(cv2.imencode(kind, pan[0])[1].tobytes())
+    picture = read_image(path)
+    assert picture.shape == (1, 96, 128, 3) and picture.dtype == np.uint8
+    assert np.abs(picture[0].astype(int) - cv2.imread(str(path))[..., ::-1]).max() <= 1
+    content = path.read_bytes()
+    capfd.readouterr()
+    for share in (0.0, 0.1, 0.5, 0.95):
+        path.write_bytes(content[: int(len(content) * share)])
+        with pytest.raises(ValueError, match="no readable picture") as error:
+            read_image(path)
+        assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+    assert capfd.readouterr().err == ""
+
+
+def test_pictures_of_any_mode_become_upright_rgb(tmp_path, pan):
+    whole = Image.fromarray(pan[0])
+    for mode in ("L", "P", "RGBA", "LA", "1"):
+        whole.convert(mode).save(tmp_path / "a.png")
+        assert read_image(tmp_path / "a.png").shape == (1, 96, 128, 3)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turn clockwise to view
+    whole.save(tmp_path / "a.png", exif=exif)
+    assert np.array_equal(read_image(tmp_path / "a.png")[0], np.rot90(pan[0], 3))
+
+
+class ReleasedDice:
+    """NumPy's old global generator, drawn from as the released sampler does."""
+
+    def __init__(self, seed):
+        self.state = np.random.RandomState(seed)
+
+    def integers(self, low, high, endpoint):
+        return low + self.state.randint(high - low + 1, size=1)[0]
+
+
+@pytest.mark.parametrize("key", [k for k in frame_cases() if "_n1_" in k])
+def test_training_frames_equal_the_released_sampler(key):
+    golden, case = arrays(CASES["frames"]["file"]), key.removesuffix("/test")
+    length, interval, _, total = (int(n) for n in re.findall(r"\d+", case))
+    low, high = golden[f"{case}/train_offset_range_rule"]
+    assert (low, high) == (0, max(total - length * interval, 0))
+    dice = ReleasedDice(7)
+    for expected in golden[f"{case}/train_example_seeded"]:
+        assert np.array_equal(sample_frames(total, length, interval, dice), expected)
