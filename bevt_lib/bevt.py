@@ -27,6 +27,10 @@ class Tokenizer(Protocol):
         """uint8 pictures (N, h, w, 3) to int64 ids (N, h / factor, w / factor)."""
         ...
 
+    def decode(self, ids: Tensor) -> Tensor:
+        """int64 ids (N, h, w) to uint8 pictures (N, h * factor, w * factor, 3)."""
+        ...
+
 
 class Decoder(nn.Module):
     """Lift Swin's last stage to stage 3's grid, fuse the two, and unfold time to frames.
@@ -155,7 +159,11 @@ class BEVT(nn.Module):
         """Give each stream's loss for {stream: {"pixels", "ids", "mask"}}; they are summed."""
         return {
             stream: self.stream_loss(
-                stream, part["pixels"], part["ids"], part["mask"], noise and noise[stream]
+                stream,
+                part["pixels"],
+                part["ids"],
+                part["mask"],
+                None if noise is None else noise[stream],
             )
             for stream, part in batch.items()
         }
@@ -223,7 +231,7 @@ class Classifier(nn.Module):
         self.noise_sizes = {"clip": 2 * self.swin.num_blocks + (dim if dropout else 0)}
 
     def features(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Encode normalised float clips (B, 3, T, H, W) to the normed last stage (B, D, h, w, C)."""
+        """Encode normalised clips (B, 3, T, H, W) to the normed last stage (B, D, h, w, C)."""
         return self.norm(self.swin(self.patch_embed(pixels), noise)[-1])
 
     def logits(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -244,7 +252,7 @@ class Classifier(nn.Module):
     ) -> dict[str, Term]:
         """Give the classification loss for {"clip": {"pixels", "label": int64 (B,)}}."""
         part = batch["clip"]
-        logits = self.logits(part["pixels"], noise and noise["clip"]).float()
+        logits = self.logits(part["pixels"], None if noise is None else noise["clip"]).float()
         loss = F.cross_entropy(
             logits, part["label"], reduction="sum", label_smoothing=self.smoothing
         )

@@ -7,6 +7,7 @@ processes. Config stops at the doors; the library's classes take plain arguments
 import dataclasses
 import difflib
 import os
+import re
 import sys
 import types
 import typing
@@ -80,6 +81,7 @@ class Optim:
     epochs: float = 0.0  # of the first stream's data set
     warmup: float = 0.0  # in the same unit as the length: steps or epochs
     warmup_start: float = 0.1  # share of the regular rate at step 0
+    restart: tuple[int, float] = (0, 0.0)  # a second cosine: extra steps, and its share of lr
     cosine: bool = True  # False: constant after warm-up
     stairs: bool = False  # True: the cosine moves per epoch, not per step
     clip_norm: float = 0.0  # L2 norm of all gradients; 0: no clipping
@@ -106,6 +108,7 @@ class Run:
     keep: int = 2  # checkpoints kept
     micro_batch: int = 0  # items of the first stream per forward and process; 0: as many as fit
     threads: int = 0  # torch threads of a CPU process; 0: PyTorch's choice
+    test_clips: int = 0  # clips tested after fine-tuning; 0: all
     deterministic: bool = False
     dry_run: bool = False  # print the plan and stop
     processes: int = 0  # processes to plan for in a dry run; 0: those of this world
@@ -144,7 +147,7 @@ class Finetune:
     test_clips: int = 4  # views of a test clip in time
     test_crops: int = 3  # and in space
     crop: str = "random_resized"  # or "random" (of the resized frame), for training
-    antisymmetric: bool = False  # half of the 3D patch filters start (+w, -w) in time
+    antisymmetric: float = 0.0  # share of the 3D patch filters that start (+w, -w) in time
     run: Run = field(default_factory=Run)
     default_init: str = ""
 
@@ -275,5 +278,5 @@ def open_door(main: Callable[[list[str]], None]) -> None:
             raise
         # A loader process wraps its error in a traceback: the last line is the error itself.
         line = str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)
-        print(f"error: {line.removeprefix('ValueError: ')}", file=sys.stderr)
+        print("error:", re.sub(r"^[\w.]*Error: ", "", line), file=sys.stderr)
         raise SystemExit(2) from None

@@ -4,7 +4,8 @@ Source: PyTorch's torchrun environment variables. gloo on CPU, NCCL on CUDA.
 """
 
 import os
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -43,6 +44,15 @@ def world() -> Iterator[None]:
     finally:
         if mine:
             torch_dist.destroy_process_group()
+
+
+def torchrun(module: str, arguments: Sequence[str], processes: int) -> list[str]:
+    """Write the command that runs ``bevt_lib.<module>`` under torchrun on this machine.
+
+    It names this Python, so that it works where the environment is not activated.
+    """
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, f"--nproc-per-node={processes}", "-m", f"bevt_lib.{module}", *arguments]
 
 
 def sum_over_processes(values: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 
 import torch
 from dall_e import map_pixels, unmap_pixels
+from dall_e.decoder import DecoderBlock
+from dall_e.encoder import EncoderBlock
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -34,7 +36,7 @@ class DVAE(nn.Module):
     def __init__(self, hidden: int, blocks: int, vocab_size: int, grid: tuple[int, int]):
         super().__init__()
         self.encoder, self.decoder = build(hidden, blocks, vocab_size)
-        self.to(memory_format=torch.channels_last)  # faster on CPU
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster on CPU
         undo_gain(self)
         self.vocab_size = vocab_size
         self.noise_sizes = {"picture": vocab_size * grid[0] * grid[1]}
@@ -65,16 +67,19 @@ class DVAE(nn.Module):
     def forward(
         self, batch: Mapping[str, Mapping[str, Tensor]], noise: Mapping[str, Tensor]
     ) -> dict[str, Term]:
-        """Give the loss for {"picture": {"pixels", "temperature", "kl_weight", "balance_weight"}}.
+        """Give the loss for {"picture": {"pixels", "temperature", "noise_scale", "kl_weight",
+        "balance_weight"}}.
 
         "pixels": float (B, 3, h, w) in 0..1. ``noise["picture"]``: uniform (B, vocab * h/8 * w/8),
-        turned into Gumbel noise, so that each picture's draw is its own whatever the batch.
+        turned into Gumbel noise, so that each picture's draw is its own whatever the batch;
+        "noise_scale" 1 is the objective, 0 the last steps, in which words are chosen as in use.
         """
         part = batch["picture"]
         target = map_pixels(part["pixels"]).contiguous(memory_format=torch.channels_last)
         logits = self.encoder(target).float()
         gumbel = -(-noise["picture"].clamp(1e-9, 1 - 1e-7).log()).log()
-        relaxed = (logits + gumbel.view(logits.shape)) / float(part["temperature"])
+        gumbel = gumbel.view(logits.shape) * float(part["noise_scale"])
+        relaxed = (logits + gumbel) / float(part["temperature"])
         words = relaxed.softmax(dim=1)
         mean, log_spread = self.decoder(words).float().chunk(2, dim=1)
         pixels = logit_laplace_nll(target, mean, log_spread).mean(dim=(1, 2, 3))
@@ -110,7 +115,7 @@ def undo_gain(model: nn.Module) -> None:
     Our choice for short runs on few layers: the branches paint all detail inside a cell.
     """
     for block in model.modules():
-        if hasattr(block, "post_gain"):
+        if isinstance(block, EncoderBlock | DecoderBlock):
             block.res_path.conv_4.w.div_(block.post_gain)
 
 
@@ -137,7 +142,7 @@ def logit_laplace_nll(target: Tensor, mean: Tensor, log_spread: Tensor) -> Tenso
 
 
 def kl_to_uniform(logits: Tensor) -> Tensor:
-    """Divergence of each cell's distribution from the uniform one, nats: (B, V, h, w) to (B, h, w)."""
+    """Divergence of each cell's words from uniform use, nats: (B, V, h, w) to (B, h, w)."""
     log_p = logits.log_softmax(dim=1)
     return (log_p.exp() * log_p).sum(dim=1) + math.log(logits.shape[1])
 

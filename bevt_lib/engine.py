@@ -29,6 +29,7 @@ from bevt_lib.optim import learning_rate, parameter_groups
 from bevt_lib.seeds import Stream, uniform_noise
 
 Batch = dict[str, dict[str, Any]]
+Trainable = Any  # an nn.Module with forward(batch, noise), counts(batch) and noise_sizes
 NOISE_STREAM = {"video": Stream.VIDEO, "image": Stream.IMAGE}
 TIMINGS = ("items_per_s", "data_wait")  # in the record, but not part of the result
 
@@ -92,7 +93,7 @@ def in_folder(run: Run, folder: str) -> Run:
 
 
 def fit(
-    model: nn.Module,
+    model: Trainable,
     sources: Mapping[str, Source],
     optim: Optim,
     run: Run,
@@ -159,7 +160,7 @@ def fit(
 
 def _step(
     wrapped: nn.Module,
-    model: nn.Module,
+    model: Trainable,
     micros: list[Batch],
     optimizer: torch.optim.Optimizer,
     optim: Optim,
@@ -201,7 +202,7 @@ def _step(
 
 
 def _noise(
-    model: nn.Module, batch: Batch, seed: int, step: int, device: torch.device
+    model: Trainable, batch: Batch, seed: int, step: int, device: torch.device
 ) -> dict[str, Tensor]:
     """Draw each sample's uniforms, keyed by (seed, stream, step, its place in the data order)."""
     return {

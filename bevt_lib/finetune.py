@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> None:
         return
     with dist.world():
         model, _ = train(recipe)
-        result = score(recipe, model)
+        result = score(recipe, model, count=recipe.run.test_clips)
         if dist.rank() == 0:
             print(f"{recipe.task}: {result}")
 
@@ -56,24 +56,26 @@ def start_weights(recipe: Finetune, model: Classifier) -> str:
     if path not in ("", "scratch"):
         report = f"{Path(path).name}: {start_classifier(model, read_weights(Path(path)))}"
     if recipe.antisymmetric:
-        half_antisymmetric(model)
-        report += "; half of the 3D patch filters antisymmetric in time"
+        see_change(model, recipe.antisymmetric)
+        report += f"; {recipe.antisymmetric:.0%} of the 3D patch filters antisymmetric in time"
     return f"start: {report}"
 
 
 @torch.no_grad()
-def half_antisymmetric(model: Classifier) -> None:
-    """Flip the sign of the second half in time of every second 3D patch filter.
+def see_change(model: Classifier, share: float) -> None:
+    """Start a share of the 3D patch filters as (+w, -w) in time: later frames minus the first.
 
     The released inflation gives all frames of a patch the same weights, so the embedding can't
-    tell their order; filters (+w, -w) can. Our option.
+    tell their order. These filters can, and are blind to what stands still, which otherwise drowns
+    motion at first. Only a start: they are trained like the others. Our option.
     """
     kernel = model.patch_embed.proj.weight  # (C, 3, frames, 4, 4)
-    kernel[::2, :, kernel.shape[2] // 2 :] *= -1
+    half, filters = kernel.shape[2] // 2, round(share * len(kernel))
+    kernel[:filters, :, half : 2 * half] = -kernel[:filters, :, :half]
 
 
 def build_items(recipe: Finetune, split: str = "train") -> LabelledClips:
-    """Build the clips of a split: embedded ("train", "val", "test", "test_unseen") or the paths'."""
+    """Build a split's clips: embedded ("train", "val", "test", "test_unseen") or the paths'."""
     d = recipe.data
     train = split == "train"
     own = {"train": d.video_list}.get(split, d.val_list)

@@ -92,8 +92,8 @@ def score_tokens(
     truth, losses, right, copied, changed = gather_columns(torch.cat(columns, dim=1))
     shares = torch.bincount(truth.long()) / len(truth)
     shares = shares[shares > 0]
+    places = len(truth)
     score = {
-        "places": len(truth),
         "loss": float(losses.mean()),
         "accuracy": float(right.mean()),
         "entropy": float(-(shares * shares.log()).sum()),
@@ -109,7 +109,7 @@ def score_tokens(
             "unchanged": float(right[~moved].mean()),
             "unchanged_copy": float(copied[~moved].mean()),
         }
-    return TokenScore(**score)
+    return TokenScore(places=places, **score)
 
 
 @dataclass(frozen=True)

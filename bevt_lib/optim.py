@@ -43,7 +43,7 @@ def parameter_groups(model: nn.Module, optim: Optim, rename=lambda name: name) -
 def total_steps(optim: Optim, items: int) -> int:
     """Give the number of optimiser steps; ``items`` is the size of the first stream's data set."""
     if optim.steps:
-        return optim.steps
+        return optim.steps + optim.restart[0]
     return max(1, math.ceil(optim.epochs * items / (optim.clips or optim.images)))
 
 
@@ -51,7 +51,11 @@ def learning_rate(optim: Optim, step: int, items: int) -> float:
     """Give the base rate at a step: cosine to 0, scaled up linearly during warm-up.
 
     With ``stairs`` the cosine moves once per epoch; warm-up moves at every step in either case.
+    Steps beyond ``optim.steps`` run down a second cosine, ``optim.restart``.
     """
+    if optim.steps and step >= optim.steps:
+        extra, share = optim.restart
+        return optim.lr * share * 0.5 * (1 + math.cos(math.pi * (step - optim.steps) / extra))
     per_epoch = items / (optim.clips or optim.images)
     unit = 1.0 if optim.steps else per_epoch  # steps in the unit of length and warm-up
     now, length = step / unit, optim.steps or optim.epochs

@@ -26,14 +26,15 @@ def lesson_dvae() -> TrainTokenizer:
     """DALL-E's tokenizer, narrow, with 256 words, on the embedded training pictures.
 
     Trains on 32 px views of 64 px crops, the scale at which BEVT shows it 48 px views of 96 px
-    crops. One CPU core; ours, no paper row.
+    crops. The last 2,500 steps choose words as in use, without Gumbel noise. One CPU core; ours,
+    no paper row.
     """
     return TrainTokenizer(
         name="lesson_dvae",
         data=replace(LESSON_DATA, size=64),
         tokens=LESSON_TOKENS,
         optim=Optim(lr=4e-3, weight_decay=0.0, images=32, steps=4500, warmup=100, clip_norm=3.0,
-                    rules=(("encoder", 0.5, 1.0),)),
+                    restart=(2500, 0.5), rules=(("encoder", 0.5, 1.0),)),
         hidden=32,
         blocks=1,
         kl_weight=(0.0, 0.0),
@@ -112,9 +113,9 @@ def paper_image() -> Pretrain:
     """Image-stream pretraining of Swin-B on ImageNet-1K, 800 epochs (never released).
 
     Paper: initialises every row. Command: torchrun on 4 nodes of 8 GPUs with --data.image-root and
-    --tokenizer weights. Objective, masks, tokenizer and epochs are the paper's; learning rate 1.5e-3,
-    batch 2048, weight decay 0.05, 10 warm-up epochs, clipping 3 and jitter 0.4 are ASSUMED
-    (BEiT-like). Not run by us.
+    --tokens.weights. Objective, masks, tokenizer and epochs are the paper's; learning rate
+    1.5e-3, batch 2048, weight decay 0.05, 10 warm-up epochs, clipping 3, drop path 0.1 and jitter
+    0.4 are ASSUMED (BEiT-like). Not run by us.
     """
     return Pretrain(
         name="paper_image",
@@ -150,8 +151,8 @@ def paper_joint() -> Pretrain:
 def paper_k400() -> Finetune:
     """Fine-tuning on Kinetics-400, 60 epochs (released config).
 
-    Paper: top-1 80.6 (DALL-E tokens), 81.1 (PeCo). 8 GPUs, 64 clips a step, 4 x 3 test views, layer
-    decay 0.9 by the released rules. Not run by us: needs 8 GPUs and Kinetics-400.
+    Paper: top-1 80.6 (DALL-E tokens), 81.1 (PeCo). 8 GPUs, 64 clips a step, 4 x 3 test views,
+    layer decay 0.9 by the released rules. Not run by us: needs 8 GPUs and Kinetics-400.
     """
     depths = (2, 2, 18, 2)
     rules = [*RELEASED_NO_DECAY, ("backbone.norm", 0.9, 0.0)]

@@ -6,6 +6,7 @@ Transformer as released with BEVT (Swin-B: 128 channels, depths 2-2-18-2, window
 """
 
 import math
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -45,15 +46,20 @@ def window_plan(
     """
     if released and size[0] == 1:
         return _released_image_plan(size, window, shifted, device)
-    effective = tuple(min(s, w) for s, w in zip(size, window, strict=True))
-    shift = tuple(w // 2 if shifted and s > w else 0 for s, w in zip(size, window, strict=True))
-    padded = tuple(math.ceil(s / w) * w for s, w in zip(size, effective, strict=True))
+    effective = _three(min(s, w) for s, w in zip(size, window, strict=True))
+    shift = _three(w // 2 if shifted and s > w else 0 for s, w in zip(size, window, strict=True))
+    padded = _three(math.ceil(s / w) * w for s, w in zip(size, effective, strict=True))
     tokens = math.prod(effective)
     index = (
         bias_index(window, window)[:tokens, :tokens] if released else bias_index(effective, window)
     )
     mask = shift_mask(padded, effective, shift).to(device) if any(shift) else None
     return WindowPlan(effective, shift, padded, index.to(device), mask)
+
+
+def _three(values: Iterable[int]) -> Size3:
+    d, h, w = values
+    return d, h, w
 
 
 def _released_image_plan(
@@ -203,7 +209,7 @@ class Block(nn.Module):
 
 
 def drop_path(x: Tensor, rate: float, noise: Tensor | None) -> Tensor:
-    """Drop a residual branch where ``noise`` (uniform, (B,)) is below ``rate``; rescale the rest."""
+    """Drop a residual branch where uniform ``noise`` (B,) is below ``rate``; rescale the rest."""
     if noise is None or rate == 0:
         return x
     keep = (noise >= rate).to(x.dtype) / (1 - rate)
@@ -294,14 +300,11 @@ class Swin(nn.Module):
                 raise ValueError(f"a width of {dim} can't be split into {heads} heads")
         last = max(1, sum(depths) - 1)
         rates = [drop_path * i / last for i in range(sum(depths))]
+        self.num_blocks = sum(depths)
         self.stages = nn.ModuleList()
-        for i, (dim, depth, heads) in enumerate(zip(self.dims, depths, num_heads, strict=True)):
+        for i, (dim, heads) in enumerate(zip(self.dims, num_heads, strict=True)):
             mine = rates[sum(depths[:i]) : sum(depths[: i + 1])]
             self.stages.append(Stage(dim, heads, window, mine, merge=i < 3, released=released))
-
-    @property
-    def num_blocks(self) -> int:
-        return sum(len(stage.blocks) for stage in self.stages)
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> list[Tensor]:
         """Run all stages; ``noise`` is uniform (B, 2 * num_blocks) for stochastic depth, or None.
@@ -312,6 +315,7 @@ class Swin(nn.Module):
         per_block = [None] * self.num_blocks if noise is None else noise.split(2, dim=1)
         keys = iter(per_block)
         for stage in self.stages:
+            assert isinstance(stage, Stage)
             for block in stage.blocks:
                 x = block(x, next(keys))
             outputs.append(x)

@@ -3,9 +3,9 @@
 A scene is a landscape photo, mirrored into a seamless torus, with one cut-out pasted in; a camera
 moves over it. *What* is the kind of cut-out: one frame is enough, as on Kinetics. *How* is the
 camera's motion: no single frame is enough, as on Something-Something. Position on the torus,
-log-scale and angle start uniformly in every clip whatever its class, scale and angle run as wrapping
-sawtooths, and only the sign of one velocity is the label: motion is stationary, so that every single
-frame looks alike under all labels.
+log-scale and angle start uniformly in every clip whatever its class, scale and angle run as
+wrapping sawtooths, and only the sign of one velocity is the label: motion is stationary, so that
+every single frame looks alike under all labels.
 """
 
 import hashlib
@@ -49,7 +49,7 @@ SEED = 2022
 
 
 class Scene(NamedTuple):
-    """What one clip shows, drawn by seed; everything but ``motion`` is independent of the motion."""
+    """What one clip shows, drawn by seed; all but the velocity is independent of the motion."""
 
     photo: str  # file name
     cutout: str
@@ -89,7 +89,7 @@ def photo_splits() -> dict[str, list[Path]]:
 
 @lru_cache
 def cutout_splits() -> dict[str, list[list[Path]]]:
-    """List the cut-outs by kind, those of the main splits ("seen") and those held out ("unseen")."""
+    """List the cut-outs by kind: of the main splits ("seen") and held out ("unseen")."""
     splits: dict[str, list[list[Path]]] = {"seen": [], "unseen": []}
     for number, kind in enumerate(KINDS):
         paths = sorted((data_folder() / "cutouts" / kind).glob("*.webp"))
@@ -110,7 +110,7 @@ def _picture(path: Path) -> np.ndarray:
 
 
 def draw_scene(split: str, index: int, kind: int, motion: int) -> Scene:
-    """Draw the scene of a clip: a photo of its split, a cut-out of its kind, starts and velocity."""
+    """Draw a clip's scene: a photo of its split, a cut-out of its kind, starts and velocity."""
     rng = numpy_generator(SEED, Purpose.RENDER, list(CLIPS).index(split), index)
     names = cutout_splits()["unseen" if split == "test_unseen" else "seen"][kind]
     name = names[rng.integers(len(names))]

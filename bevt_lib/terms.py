@@ -1,11 +1,12 @@
 """What a model hands to the training loop: sums and counts, so that any split of a batch agrees."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
 
-class Term(NamedTuple):
+@dataclass(frozen=True)
+class Term:
     """One term of a loss, as sums over its items (masked places, labelled clips, pixels).
 
     The loop divides by the count of the *global* batch, so neither accumulation nor the number of

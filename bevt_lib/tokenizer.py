@@ -19,7 +19,7 @@ FACTOR = 8  # pixels per id, both ways: three poolings of 2
 CHUNK = 64  # pictures per forward pass, to bound memory
 
 
-def build(hidden: int, blocks: int, vocab_size: int) -> tuple[nn.Module, nn.Module]:
+def build(hidden: int, blocks: int, vocab_size: int) -> tuple[Encoder, Decoder]:
     """Build DALL-E's encoder and decoder, trainable, random weights.
 
     ``hidden`` is their n_hid, ``blocks`` their n_blk_per_group; DALL-E's own are 256, 2 and 8192
@@ -41,7 +41,7 @@ class DalleTokenizer(nn.Module):
 
     factor = FACTOR
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module):
+    def __init__(self, encoder: Encoder, decoder: Decoder):
         super().__init__()
         self.encoder = encoder.to(memory_format=torch.channels_last)
         self.decoder = decoder.to(memory_format=torch.channels_last)
@@ -90,7 +90,7 @@ def to_unit(view: Tensor) -> Tensor:
 
 
 def save_tokenizer(
-    encoder: nn.Module, decoder: nn.Module, path: Path, dtype: torch.dtype = torch.float32
+    encoder: Encoder, decoder: Decoder, path: Path, dtype: torch.dtype = torch.float32
 ) -> None:
     """Write both parts to one safetensors file, with their architecture in its header."""
     state = {f"encoder.{k}": v for k, v in encoder.state_dict().items()}

@@ -74,8 +74,9 @@ def train(recipe: TrainTokenizer) -> tuple[DVAE, list[dict[str, float]]]:
         part = batch["picture"]
         return {"picture": {
             "pixels": to_unit(part["view"]),
-            "temperature": anneal(step, steps, *recipe.temperature),
-            "kl_weight": anneal(step, steps, *recipe.kl_weight),
+            "temperature": anneal(step, recipe.optim.steps, *recipe.temperature),
+            "kl_weight": anneal(step, recipe.optim.steps, *recipe.kl_weight),
+            "noise_scale": float(step < recipe.optim.steps),
             "balance_weight": recipe.balance_weight,
             "position": part["position"],
         }}  # fmt: skip

@@ -27,7 +27,7 @@ def hide_pixels(frames: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def colours_of_ids(ids: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Give each id its own colour: (T, h, w) to uint8 (T, h, w, 3). Alike ids aren't alike colours."""
+    """Give each id a colour of its own: (T, h, w) to uint8 (T, h, w, 3)."""
     palette = plt.get_cmap("hsv")(np.random.default_rng(0).permutation(vocab_size) / vocab_size)
     return (palette[ids][..., :3] * 255).astype(np.uint8)
 

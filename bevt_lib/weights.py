@@ -1,4 +1,4 @@
-"""Weights in and out: files without pickle, the released names, and starting one model from another.
+"""Weights in and out: files without pickle, released names, starting one model from another.
 
 Every loader is strict: a tensor that is missing, left over or of another shape is an error that
 names it. What a start deliberately leaves out (a fresh head) is returned in a :class:`Report`.
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 State = dict[str, Tensor]
 
 # Our name, as a pattern, to the released one. The first match is taken.
+TABLE = "attn.relative_position_bias_table"
 RELEASED_NAMES = [
-    (r"swin\.stages\.(\d)\.(.*)attn\.bias_table", r"backbone.layers.\1.\2attn.relative_position_bias_table"),
+    (r"swin\.stages\.(.*)attn\.bias_table", rf"backbone.layers.\1{TABLE}"),
     (r"swin\.stages\.(.*)", r"backbone.layers.\1"),
     (r"patch_embed\.video\.(.*)", r"backbone.patch_embed.\1"),
     (r"patch_embed\.image\.(.*)", r"backbone.patch_embed_2d.\1"),
@@ -116,7 +117,7 @@ def save_weights(state: Mapping[str, Tensor], path: Path, dtype: torch.dtype | N
 
 
 def read_weights(path: Path) -> State:
-    """Read a safetensors file. Raises ValueError in one line where it is missing or no such file."""
+    """Read a safetensors file, or a checkpoint folder's. ValueError in one line where it can't."""
     path = Path(path)
     if path.is_dir() and (path / "model.safetensors").exists():
         path = path / "model.safetensors"

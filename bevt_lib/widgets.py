@@ -1,4 +1,4 @@
-"""Two small widgets: sliders beside a picture. Plain ``observe``, so that notebooks stay testable."""
+"""Two small widgets: sliders over a picture, by plain ``observe``, which nbval can compare."""
 
 import io
 from collections.abc import Callable, Mapping

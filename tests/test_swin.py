@@ -77,7 +77,8 @@ def test_the_released_classifier_path_is_torchvisions_swin3d(size):
     theirs = torchvision.models.video.swin_transformer.SwinTransformer3d(
         patch_size=[2, 4, 4], embed_dim=SMALL["embed_dim"], depths=list(SMALL["depths"]),
         num_heads=list(SMALL["num_heads"]), window_size=list(window), num_classes=5,
-        norm_layer=torch.nn.LayerNorm, patch_embed=torchvision.models.video.swin_transformer.PatchEmbed3d,
+        norm_layer=torch.nn.LayerNorm,
+        patch_embed=torchvision.models.video.swin_transformer.PatchEmbed3d,
     )  # fmt: skip
     state = {}
     for name, value in ours.state_dict().items():

@@ -1,0 +1,101 @@
+"""The shipped weights: where they come from, what they are worth, that they can be made again."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from bevt_lib import dvae, finetune, pretrain, synthetic, train_tokenizer
+from bevt_lib.config import flatten
+from bevt_lib.presets import FINETUNE, PRETRAIN, TRAIN_TOKENIZER, lesson_image
+from bevt_lib.weights import load_strict, read_weights
+
+WEIGHTS = synthetic.data_folder() / "weights"
+NAMES = ["lesson_dvae", "lesson_image", "lesson_joint", "lesson_how", "lesson_what"]
+PRESETS = TRAIN_TOKENIZER | PRETRAIN | FINETUNE
+DOORS = {"lesson_dvae": train_tokenizer, "lesson_image": pretrain, "lesson_joint": pretrain}
+
+
+def card(name):
+    return json.loads((WEIGHTS / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_card_tells_command_configuration_and_curve(name):
+    told = card(name)
+    assert f"bevt_lib.{DOORS.get(name, finetune).__name__.split('.')[-1]} {name}" in told["command"]
+    recipe = json.loads(json.dumps(flatten(PRESETS[name]())))
+    differing = {
+        k for k, v in recipe.items() if not k.startswith("run.") and told["config"].get(k) != v
+    }
+    assert not differing
+    assert all(len(c) == -(-told["steps"] // told["curve_step"]) for c in told["curve"].values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_training_file_is_in_the_test_split(name):
+    from hashlib import sha256
+
+    trained = set(card(name)["training_files"].values())
+    held_out = synthetic.photo_splits()["test"] + synthetic.photo_splits()["val"]
+    held_out += [p for kind in synthetic.cutout_splits()["unseen"] for p in kind]
+    assert not trained & {sha256(p.read_bytes()).hexdigest() for p in held_out}
+    mine = {p.name for p in synthetic.photo_splits()["train"]}
+    assert mine <= {f.split("/")[-1] for f in card(name)["training_files"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_the_first_steps_can_be_replayed(name, tmp_path):
+    """The same command on the same start gives the recorded losses, up to rounding."""
+    told = card(name)
+    recipe = PRESETS[name]()
+    run = replace(recipe.run, stop_after=20, threads=1, folder=str(tmp_path / "run"))
+    door = DOORS.get(name, finetune)
+    result = door.train(replace(recipe, run=run))
+    history = result[1] if isinstance(result, tuple) else result
+    mine = [entry["loss"] for entry in history]
+    assert np.allclose(mine, told["first_losses"], rtol=0.02), (mine, told["first_losses"])
+    assert np.allclose(mine[:3], told["first_losses"][:3], rtol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def views():
+    items = pretrain.build_items(lesson_image(), "image", "test")
+    return torch.from_numpy(np.stack([items.sample(0, i)["view"][0] for i in range(512)]))
+
+
+def test_the_tokenizer_beats_kmeans_and_uses_its_words(views):
+    from sklearn.cluster import MiniBatchKMeans
+
+    tokenizer = pretrain.build_tokenizer(lesson_image())
+    train = pretrain.build_items(lesson_image(), "image", "train")
+    fit = torch.from_numpy(np.stack([train.sample(0, i)["view"][0] for i in range(0, 3072, 3)]))
+    kmeans = MiniBatchKMeans(tokenizer.vocab_size, n_init=3, random_state=0, batch_size=4096)
+    kmeans.fit(dvae.cells_of(fit).numpy())
+    codes = torch.from_numpy(kmeans.cluster_centers_).float()
+    ids = tokenizer.encode(views)
+    mine = dvae.psnr(views, tokenizer.decode(ids))
+    assert mine > dvae.psnr(views, dvae.nearest_code(views, codes))
+    assert dvae.usage(ids, tokenizer.vocab_size)[0] >= 0.5
+
+
+@pytest.mark.parametrize("name", ["lesson_image", "lesson_joint"])
+def test_pretraining_learned_more_than_frequencies(name):
+    recipe = PRETRAIN[name]()
+    model = pretrain.build_model(recipe)
+    load_strict(model, read_weights(WEIGHTS / f"{name}.safetensors"), name)
+    for stream in recipe.streams:
+        score = pretrain.score(recipe, model, stream, 256)
+        assert score.loss < score.entropy - 0.2 and score.accuracy > 1.5 * score.majority, score
+
+
+@pytest.mark.parametrize("name", ["lesson_how", "lesson_what"])
+def test_fine_tuning_is_clearly_above_chance(name):
+    recipe = FINETUNE[name]()
+    model = finetune.build_model(recipe)
+    load_strict(model, read_weights(WEIGHTS / f"{name}.safetensors"), name)
+    score = finetune.score(recipe, model)
+    assert score.clips == 1024 and score.lower95 > 1 / 8 + 0.15, score
