@@ -81,7 +81,7 @@ class Optim:
     epochs: float = 0.0  # of the first stream's data set
     warmup: float = 0.0  # in the same unit as the length: steps or epochs
     warmup_start: float = 0.1  # share of the regular rate at step 0
-    restart: tuple[int, float] = (0, 0.0)  # a second cosine: extra steps, and its share of lr
+    restarts: tuple[tuple[int, float], ...] = ()  # further cosines: (extra steps, share of lr)
     cosine: bool = True  # False: constant after warm-up
     stairs: bool = False  # True: the cosine moves per epoch, not per step
     clip_norm: float = 0.0  # L2 norm of all gradients; 0: no clipping

@@ -67,8 +67,8 @@ class DVAE(nn.Module):
     def forward(
         self, batch: Mapping[str, Mapping[str, Tensor]], noise: Mapping[str, Tensor]
     ) -> dict[str, Term]:
-        """Give the loss for {"picture": {"pixels", "temperature", "noise_scale", "kl_weight",
-        "balance_weight"}}.
+        """Give the loss for {"picture": {"pixels", "temperature", "noise_scale", "decoder_only",
+        "kl_weight", "balance_weight"}}.
 
         "pixels": float (B, 3, h, w) in 0..1. ``noise["picture"]``: uniform (B, vocab * h/8 * w/8),
         turned into Gumbel noise, so that each picture's draw is its own whatever the batch;
@@ -81,14 +81,18 @@ class DVAE(nn.Module):
         gumbel = gumbel.view(logits.shape) * float(part["noise_scale"])
         relaxed = (logits + gumbel) / float(part["temperature"])
         words = relaxed.softmax(dim=1)
+        if part["decoder_only"]:
+            chosen = nn.functional.one_hot(logits.argmax(dim=1), self.vocab_size)
+            words = chosen.permute(0, 3, 1, 2).float() + 0 * words  # every parameter stays in use
         mean, log_spread = self.decoder(words).float().chunk(2, dim=1)
         pixels = logit_laplace_nll(target, mean, log_spread).mean(dim=(1, 2, 3))
         divergence = kl_to_uniform(logits).mean(dim=(1, 2))
         weight = float(part["kl_weight"]) / SUBPIXELS_PER_CELL
         loss = (pixels + weight * divergence).sum()
+        balance = 0.0 if part["decoder_only"] else float(part["balance_weight"])
         average = logits.softmax(dim=1).mean(dim=(0, 2, 3))
         imbalance = (average * average.clamp(min=1e-9).log()).sum() + math.log(self.vocab_size)
-        loss = loss + float(part["balance_weight"]) * imbalance * len(target)
+        loss = loss + balance * imbalance * len(target)
         painted = unmap_pixels(torch.sigmoid(mean.detach()))
         error = (painted - part["pixels"]).square().mean(dim=(1, 2, 3)).sum()
         return {

@@ -43,19 +43,30 @@ def parameter_groups(model: nn.Module, optim: Optim, rename=lambda name: name) -
 def total_steps(optim: Optim, items: int) -> int:
     """Give the number of optimiser steps; ``items`` is the size of the first stream's data set."""
     if optim.steps:
-        return optim.steps + optim.restart[0]
+        return optim.steps + sum(steps for steps, _ in optim.restarts)
     return max(1, math.ceil(optim.epochs * items / (optim.clips or optim.images)))
+
+
+def cycle_of(optim: Optim, step: int) -> tuple[int, int]:
+    """Tell (cycle, step within it): 0 is the schedule itself, 1 and on are its restarts."""
+    lengths = [optim.steps, *(steps for steps, _ in optim.restarts)] if optim.steps else [0]
+    cycle = 0
+    while cycle < len(lengths) - 1 and step >= lengths[cycle]:
+        step -= lengths[cycle]
+        cycle += 1
+    return cycle, step
 
 
 def learning_rate(optim: Optim, step: int, items: int) -> float:
     """Give the base rate at a step: cosine to 0, scaled up linearly during warm-up.
 
     With ``stairs`` the cosine moves once per epoch; warm-up moves at every step in either case.
-    Steps beyond ``optim.steps`` run down a second cosine, ``optim.restart``.
+    Steps beyond ``optim.steps`` run down the further cosines of ``optim.restarts``.
     """
-    if optim.steps and step >= optim.steps:
-        extra, share = optim.restart
-        return optim.lr * share * 0.5 * (1 + math.cos(math.pi * (step - optim.steps) / extra))
+    cycle, place = cycle_of(optim, step)
+    if cycle:
+        extra, share = optim.restarts[cycle - 1]
+        return optim.lr * share * 0.5 * (1 + math.cos(math.pi * place / extra))
     per_epoch = items / (optim.clips or optim.images)
     unit = 1.0 if optim.steps else per_epoch  # steps in the unit of length and warm-up
     now, length = step / unit, optim.steps or optim.epochs

@@ -10,7 +10,7 @@ from bevt_lib.config import TrainTokenizer, choose, flatten, open_door
 from bevt_lib.datasets import Entry, Pictures, Positions, read_image_folder
 from bevt_lib.dvae import DVAE, anneal
 from bevt_lib.engine import Batch, Source
-from bevt_lib.optim import total_steps
+from bevt_lib.optim import cycle_of, total_steps
 from bevt_lib.presets import TRAIN_TOKENIZER
 from bevt_lib.seeds import Purpose, Stream, seeded_globals, torch_generator
 from bevt_lib.tokenizer import save_tokenizer, to_unit
@@ -76,7 +76,8 @@ def train(recipe: TrainTokenizer) -> tuple[DVAE, list[dict[str, float]]]:
             "pixels": to_unit(part["view"]),
             "temperature": anneal(step, recipe.optim.steps, *recipe.temperature),
             "kl_weight": anneal(step, recipe.optim.steps, *recipe.kl_weight),
-            "noise_scale": float(step < recipe.optim.steps),
+            "noise_scale": float(cycle_of(recipe.optim, step)[0] == 0),
+            "decoder_only": cycle_of(recipe.optim, step)[0] == 2,
             "balance_weight": recipe.balance_weight,
             "position": part["position"],
         }}  # fmt: skip

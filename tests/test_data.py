@@ -1,5 +1,6 @@
 """The embedded data: licences, splits, labels, and motion that no single frame tells."""
 
+import itertools
 import math
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def test_pictures_move_as_the_label_says(motion):
     for index in range(6):
         scene = draw_scene("train", index, index % 8, motion)
         frames = [cv2.cvtColor(f, cv2.COLOR_RGB2GRAY) for f in render_clip(scene, 6)]
-        for a, b in zip(frames, frames[1:], strict=False):
+        for a, b in itertools.pairwise(frames):
             flow = cv2.calcOpticalFlowFarneback(a, b, None, 0.5, 3, 15, 3, 5, 1.2, 0)
             y, x = np.mgrid[: a.shape[0], : a.shape[1]] - (a.shape[0] - 1) / 2
             u, v = flow[..., 0], flow[..., 1]
@@ -128,7 +129,7 @@ class SmallCnn(nn.Module):
         super().__init__()
         widths = (6 * frames, 32, 64, 96, 128)
         layers: list[nn.Module] = []
-        for a, b in zip(widths, widths[1:], strict=False):
+        for a, b in itertools.pairwise(widths):
             layers += [nn.Conv2d(a, b, 3, stride=2, padding=1), nn.BatchNorm2d(b), nn.ReLU()]
         self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(widths[-1], classes)
@@ -146,7 +147,7 @@ def clips_and_labels(split, task, frames, step=1):
     return torch.from_numpy(pixels), torch.tensor([e.label for e in entries])
 
 
-def accuracy_of_small_cnn(task, frames, epochs=8):
+def accuracy_of_small_cnn(task, frames, epochs=4):
     torch.manual_seed(0)
     clips, truth = clips_and_labels("train", task, frames)
     model = SmallCnn(len(frames), 8)
