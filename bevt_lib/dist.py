@@ -80,7 +80,8 @@ def replicate(model: nn.Module) -> nn.Module:
     if not torch_dist.is_initialized():
         return model
     ids = [device().index] if device().type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids)
+    # A tokenizer's last steps leave its encoder out; the released recipe sets this, too.
+    return DistributedDataParallel(model, device_ids=ids, find_unused_parameters=True)
 
 
 def gradients_stay_local(model: nn.Module, local: bool) -> AbstractContextManager:

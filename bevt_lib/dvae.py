@@ -76,14 +76,15 @@ class DVAE(nn.Module):
         """
         part = batch["picture"]
         target = map_pixels(part["pixels"]).contiguous(memory_format=torch.channels_last)
-        logits = self.encoder(target).float()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not part["decoder_only"]):
+            logits = self.encoder(target).float()
         gumbel = -(-noise["picture"].clamp(1e-9, 1 - 1e-7).log()).log()
         gumbel = gumbel.view(logits.shape) * float(part["noise_scale"])
         relaxed = (logits + gumbel) / float(part["temperature"])
         words = relaxed.softmax(dim=1)
         if part["decoder_only"]:
             chosen = nn.functional.one_hot(logits.argmax(dim=1), self.vocab_size)
-            words = chosen.permute(0, 3, 1, 2).float() + 0 * words  # every parameter stays in use
+            words = chosen.permute(0, 3, 1, 2).float()
         mean, log_spread = self.decoder(words).float().chunk(2, dim=1)
         pixels = logit_laplace_nll(target, mean, log_spread).mean(dim=(1, 2, 3))
         divergence = kl_to_uniform(logits).mean(dim=(1, 2))

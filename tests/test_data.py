@@ -34,7 +34,9 @@ def test_no_photo_is_in_two_splits_and_unseen_cutouts_are_unseen():
     assert sum(len(s) for s in main) == len(set.union(*main)) == 198
     cutouts = synthetic.cutout_splits()
     for seen, unseen in zip(cutouts["seen"], cutouts["unseen"], strict=True):
-        assert len(unseen) == 4 and not set(seen) & set(unseen)
+        assert 2 <= len(unseen) <= 4
+        # By content: the source holds some pictures under two names.
+        assert not {p.read_bytes() for p in seen} & {p.read_bytes() for p in unseen}
 
 
 def test_scenes_keep_to_their_split():
