@@ -220,10 +220,10 @@ def render(folder: Path | None = None, workers: int = 2) -> Path:
                 if not place.exists():
                     _all(pool, partial(_write_still, split), count, place, f"{split} stills")
             finished.touch()
-    except PermissionError as error:
+    except OSError as error:
         raise ValueError(
             f"can't write the rendered clips to {parent} ({error.strerror}): make it writable, or "
-            "copy the data folder and point BEVT_DATA at the copy"
+            "copy the data folder to a disk with 200 MB free and point BEVT_DATA at the copy"
         ) from None
     return target
 
