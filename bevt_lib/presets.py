@@ -27,7 +27,7 @@ def lesson_dvae() -> TrainTokenizer:
 
     Trains on 32 px views of 64 px crops, the scale at which BEVT shows it 48 px views of 96 px
     crops. After 4,500 steps with Gumbel noise, 2,500 choose words as in use, without noise, and
-    1,200 train the decoder alone on the words chosen. One CPU core; ours, no paper row.
+    1,200 train the decoder alone to paint them. One CPU core; ours, no paper row.
     """
     return TrainTokenizer(
         name="lesson_dvae",
