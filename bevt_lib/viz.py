@@ -1,10 +1,12 @@
 """Figures for the notebooks. Every function returns the figure or the arrays it shows."""
 
+import io
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from IPython.display import Image
 from matplotlib.figure import Figure
 
 from bevt_lib.bevt import BEVT, Tokenizer, add_tokens
@@ -32,8 +34,11 @@ def colours_of_ids(ids: np.ndarray, vocab_size: int) -> np.ndarray:
     return (palette[ids][..., :3] * 255).astype(np.uint8)
 
 
-def show_rows(rows: Mapping[str, np.ndarray], *, every: int = 1, width: float = 11.0) -> Figure:
-    """Draw one row of frames for each named uint8 (T, H, W, 3), time from left to right."""
+def show_rows(rows: Mapping[str, np.ndarray], *, every: int = 1, width: float = 11.0) -> Image:
+    """Draw one row of frames for each named uint8 (T, H, W, 3), time from left to right.
+
+    Returns a JPEG to display: as PNG, photos would make a notebook several times larger.
+    """
     columns = max(len(r[::every]) for r in rows.values())
     side = min(width / columns, 2.2)
     figure, axes = plt.subplots(
@@ -49,8 +54,10 @@ def show_rows(rows: Mapping[str, np.ndarray], *, every: int = 1, width: float = 
         line[0].text(-0.08, 0.5, name, transform=line[0].transAxes, ha="right", va="center",
                      fontsize=9)  # fmt: skip
     figure.subplots_adjust(left=0.13, right=0.995, top=0.93, bottom=0.01, wspace=0.04, hspace=0.06)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="jpeg", dpi=80, pil_kwargs={"quality": 75})
     plt.close(figure)
-    return figure
+    return Image(buffer.getvalue(), format="jpeg")
 
 
 @torch.no_grad()

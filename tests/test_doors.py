@@ -61,9 +61,10 @@ def test_a_mistake_ends_in_one_clear_line(kind, tmp_path):
 
 @pytest.mark.slow
 def test_a_bad_video_in_a_loader_process_ends_in_one_line(tmp_path):
-    (tmp_path / "list.txt").write_text("broken.mp4 0\n")
+    listed = tmp_path / "list.txt"
+    listed.write_text("broken.mp4 0\n")
     (tmp_path / "broken.mp4").write_text("no video")
-    result = run("bevt_lib.finetune", "lesson_how", "--data.video-list", str(tmp_path / "list.txt"),
+    result = run("bevt_lib.finetune", "lesson_how", "--data.video-list", str(listed),
                  "--data.video-root", str(tmp_path), "--run.folder", str(tmp_path / "run"))  # fmt: skip
     assert result.returncode == 2
     last = result.stderr.strip().splitlines()[-1]

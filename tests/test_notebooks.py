@@ -47,7 +47,7 @@ def test_few_outputs_are_left_uncompared(path):
 def test_every_picture_has_a_number_beside_it(path):
     for cell in code_cells(path):
         kinds = [k for o in cell.outputs for k in o.get("data", {})]
-        if "image/png" in kinds:
+        if {"image/png", "image/jpeg"} & set(kinds):
             before = code_cells(path)[: cell.execution_count]
             near = (
                 before[-2:] if not any(o.output_type == "stream" for o in cell.outputs) else [cell]
