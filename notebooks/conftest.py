@@ -1,7 +1,11 @@
-"""Before notebooks are compared: render the embedded clips, so that no progress bar is printed."""
+"""Before notebooks are compared: one thread each, and the clips rendered (no progress bar then)."""
 
-from bevt_lib import synthetic
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_configure(config):
+    from bevt_lib import synthetic
+
     synthetic.render()
