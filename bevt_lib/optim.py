@@ -70,8 +70,8 @@ def learning_rate(optim: Optim, step: int, items: int) -> float:
     per_epoch = items / (optim.clips or optim.images)
     unit = 1.0 if optim.steps else per_epoch  # steps in the unit of length and warm-up
     now, length = step / unit, optim.steps or optim.epochs
-    place = math.floor(now) if optim.stairs else now
-    regular = optim.lr * (0.5 * (1 + math.cos(math.pi * place / length)) if optim.cosine else 1.0)
+    shown = math.floor(now) if optim.stairs else now
+    regular = optim.lr * (0.5 * (1 + math.cos(math.pi * shown / length)) if optim.cosine else 1.0)
     if now >= optim.warmup:
         return regular
     return regular * (1 - (1 - now / optim.warmup) * (1 - optim.warmup_start))

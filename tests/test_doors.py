@@ -64,8 +64,8 @@ def test_a_bad_video_in_a_loader_process_ends_in_one_line(tmp_path):
     listed = tmp_path / "list.txt"
     listed.write_text("broken.mp4 0\n")
     (tmp_path / "broken.mp4").write_text("no video")
-    result = run("bevt_lib.finetune", "lesson_how", "--data.video-list", str(listed),
-                 "--data.video-root", str(tmp_path), "--run.folder", str(tmp_path / "run"))  # fmt: skip
+    places = ["--data.video-root", str(tmp_path), "--run.folder", str(tmp_path / "run")]
+    result = run("bevt_lib.finetune", "lesson_how", "--data.video-list", str(listed), *places)
     assert result.returncode == 2
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ") and "broken.mp4" in last and "Traceback" not in result.stderr

@@ -37,7 +37,7 @@ def test_ids_are_the_packages_own_argmax(parts, pictures):
         expected = parts[0](dall_e.map_pixels(x)).argmax(1)
     ids = tokenizer.encode(pictures)
     assert ids.shape == (5, 6, 5) and ids.dtype == torch.int64 and torch.equal(ids, expected)
-    assert 0 <= ids.min() and ids.max() < tokenizer.vocab_size == 32
+    assert ids.min() >= 0 and ids.max() < tokenizer.vocab_size == 32
 
 
 def test_channels_last_changes_no_id(parts, pictures):
