@@ -49,7 +49,7 @@ def show_rows(rows: Mapping[str, np.ndarray], *, every: int = 1, width: float = 
             axis.set_axis_off()
         for axis, number in zip(line, range(0, len(frames), every), strict=False):
             axis.imshow(frames[number], interpolation="nearest")
-            if line is axes[0]:
+            if name == next(iter(rows)):
                 axis.set_title(f"t={number}" if columns > 1 else "", fontsize=8)
         line[0].text(-0.08, 0.5, name, transform=line[0].transAxes, ha="right", va="center",
                      fontsize=9)  # fmt: skip
