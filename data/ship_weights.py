@@ -46,9 +46,10 @@ def main(run: Path, name: str, command: str) -> None:
         ]
         for key in keys
     }
+    config = json.loads((run / "config.json").read_text()) | {"run.folder": ""}  # a path of ours
     card = {
         "command": command,
-        "config": json.loads((run / "config.json").read_text()),
+        "config": config,
         "steps": len(history),
         "first_losses": [entry["loss"] for entry in history[:20]],
         "curve_step": CURVE_STEP,
