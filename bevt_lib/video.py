@@ -150,7 +150,13 @@ def write_video(path: str | Path, frames: np.ndarray, *, fps: int = 8, crf: int 
             stream.height, stream.width = frames.shape[1:3]
             stream.pix_fmt = "yuv420p"
             stream.thread_count = 1
-            stream.options = {"crf": str(crf), "preset": "veryfast", "threads": "1"}
+            stream.options = {
+                "crf": str(crf),
+                "preset": "veryfast",
+                "threads": "1",
+                # x264's look-ahead gave other bytes for the same frames (measured): off.
+                "x264-params": "rc-lookahead=0:sync-lookahead=0:mbtree=0:cpu-independent=1",
+            }
             for frame in frames:
                 picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
                 picture = convert.reformat(picture, format="yuv420p", threads=1)
