@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from bevt_lib.terms import Term
-from bevt_lib.tokenizer import FACTOR, DalleTokenizer, build, expected_pixels
+from bevt_lib.tokenizer import FACTOR, build, expected_pixels
 
 SUBPIXELS_PER_CELL = FACTOR * FACTOR * 3
 PAINT_SCALE = 100.0  # brings squared errors of pixels in 0..1 to the size of the other losses
@@ -37,7 +37,7 @@ class DVAE(nn.Module):
     def __init__(self, hidden: int, blocks: int, vocab_size: int, grid: tuple[int, int]):
         super().__init__()
         self.encoder, self.decoder = build(hidden, blocks, vocab_size)
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster on CPU
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         undo_gain(self)
         self.vocab_size = vocab_size
         self.noise_sizes = {"picture": vocab_size * grid[0] * grid[1]}
@@ -114,10 +114,6 @@ class DVAE(nn.Module):
                 },
             )
         }
-
-    def freeze(self) -> DalleTokenizer:
-        """Turn the trained parts into the tokenizer."""
-        return DalleTokenizer(self.encoder, self.decoder)
 
 
 @torch.no_grad()
