@@ -8,6 +8,10 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from bevt_lib.seeds import Purpose, seeded_globals
 
 MEAN = (123.675, 116.28, 103.53)  # ImageNet, RGB, 0 to 255; released configs
 STD = (58.395, 57.12, 57.375)
@@ -113,6 +117,37 @@ def colour_jitter(frames: np.ndarray, rng: np.random.Generator, strength: float)
         else:
             x = (x @ grey)[..., None] * (1 - factor) + x * factor
     return np.clip(np.rint(x), 0, 255).astype(np.uint8)
+
+
+def rand_augment(
+    frames: np.ndarray, operations: int, magnitude: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Apply random operations of one magnitude (0 to 30), the same to all frames.
+
+    APPROXIMATE: released is imgaug 0.4's RandAugment(n=4, m=7), this is torchvision's. At 7, turn,
+    shear, enhancing factors and posterising agree; solarising starts at 197 there, 195.5 here;
+    shifts are 7.7 % of the side there, 10.6 % here. imgaug also knows Invert, Cutout, FilterBlur
+    and FilterSmooth, never repeats an operation, and before them always cuts up to 3.1 % off each
+    side and mirrors every second clip.
+    """
+    clip = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
+    transform = v2.RandAugment(operations, magnitude, fill=128)  # grey, as imgaug's
+    with seeded_globals(int(rng.integers(2**32)), Purpose.CROP):
+        return transform(tv_tensors.Video(clip)).permute(0, 2, 3, 1).numpy()
+
+
+def erase_box(frames: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
+    """Paint over one random box, the same in all frames, in a ``share`` of the clips.
+
+    The box is timm's: 2 % to a third of the area, aspect 0.3 to 1 / 0.3. Released: value 0 after
+    ``normalise``. Ours: MEAN in whole grey levels before it, less than 0.01 off after it.
+    """
+    from timm.data.random_erasing import RandomErasing  # here: importing timm takes 0.4 s
+
+    kept = torch.ones(1, *frames.shape[1:3])
+    with seeded_globals(int(rng.integers(2**32)), Purpose.CROP):
+        RandomErasing(share, device="cpu")(kept)
+    return np.where(kept[0, :, :, None] == 0, np.rint(MEAN).astype(np.uint8), frames)
 
 
 def tokenizer_view(frames: np.ndarray, size: int) -> np.ndarray:

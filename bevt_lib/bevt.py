@@ -4,24 +4,35 @@ Also the classifier that is fine-tuned from it. Source: BEVT sections 3.1 to 3.3
 configs for Swin-B.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from bevt_lib.augment import normalise
 from bevt_lib.masking import mask_in_time, mask_on_grid
 from bevt_lib.swin import PatchEmbed, Size3, Swin, initialise
-from bevt_lib.terms import Term
+from bevt_lib.terms import Term, Views
 
 STREAMS = ("video", "image")
 IMAGE_FRAMES = 1
+MODEL_CARD = """---
+{{ card_data }}
+---
+A model of the BEVT kit: `bevt_lib.weights.load_model(FOLDER)` loads it,
+`python -m bevt_lib.predict FOLDER VIDEO` uses it on a video. `config.json` holds its architecture
+and how it reads clips.
+"""
 
 
 class Tokenizer(Protocol):
     """What BEVT asks of a frozen tokenizer."""
+
+    vocab_size: int
+    factor: int  # pixels of its view per id
 
     def encode(self, view: Tensor) -> Tensor:
         """uint8 pictures (N, h, w, 3) to int64 ids (N, h / factor, w / factor)."""
@@ -65,12 +76,16 @@ class Decoder(nn.Module):
         return self.lift(x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
 
 
-class BEVT(nn.Module):
+class BEVT(
+    nn.Module, PyTorchModelHubMixin, library_name="bevt-kit", model_card_template=MODEL_CARD
+):
     """Masked-token prediction for two streams through one shared Swin.
 
     Shared: the stages, the mask token, the final norm and the token head. Per stream: the patch
     embedding and the decoder. ``vocab_size`` is the tokenizer's. ``streams`` names what is built:
     an image-stream model has no video parts. ``linear_std``: see :func:`bevt_lib.swin.initialise`.
+    ``views`` tells whoever uses the model how it wants clips. ``save_pretrained(folder)`` writes a
+    model folder, :func:`bevt_lib.weights.load_model` reads it.
     """
 
     def __init__(
@@ -78,19 +93,21 @@ class BEVT(nn.Module):
         *,
         vocab_size: int = 8192,
         embed_dim: int = 128,
-        depths: tuple[int, ...] = (2, 2, 18, 2),
-        num_heads: tuple[int, ...] = (4, 8, 16, 32),
+        depths: Sequence[int] = (2, 2, 18, 2),
+        num_heads: Sequence[int] = (4, 8, 16, 32),
         window: Size3 = (8, 7, 7),
         patch: Size3 = (2, 4, 4),
         patch_norm: bool = True,
         drop_path: float = 0.0,
         released: bool = False,
         linear_std: float = 0.02,
-        streams: tuple[str, ...] = STREAMS,
+        streams: Sequence[str] = STREAMS,
+        views: Views | None = None,
     ):
         super().__init__()
         if not streams or not set(streams) <= set(STREAMS):
             raise ValueError(f"streams must be chosen from {STREAMS}, got {streams}")
+        self.views = views
         self.frames_per_step = {"video": patch[0], "image": IMAGE_FRAMES}
         self.swin = Swin(
             embed_dim, depths, num_heads, window, drop_path=drop_path, released=released
@@ -191,12 +208,15 @@ def add_tokens(
     }
 
 
-class Classifier(nn.Module):
+class Classifier(
+    nn.Module, PyTorchModelHubMixin, library_name="bevt-kit", model_card_template=MODEL_CARD
+):
     """Video Swin with average pooling and one linear layer, fine-tuned to recognise actions.
 
     Takes clips of any size. ``smoothing`` is label smoothing (released: 0.1 on SSv2: the true class
     gets 0.9 + 0.1 / classes); ``dropout`` acts before the head (released: 0.5) and, like stochastic
-    depth, only where the caller gives noise.
+    depth, only where the caller gives noise. ``classes`` are their names, ``views`` how clips are
+    read, for :mod:`bevt_lib.predict`; ``save_pretrained(folder)`` writes a model folder.
     """
 
     def __init__(
@@ -204,8 +224,8 @@ class Classifier(nn.Module):
         *,
         num_classes: int,
         embed_dim: int = 128,
-        depths: tuple[int, ...] = (2, 2, 18, 2),
-        num_heads: tuple[int, ...] = (4, 8, 16, 32),
+        depths: Sequence[int] = (2, 2, 18, 2),
+        num_heads: Sequence[int] = (4, 8, 16, 32),
         window: Size3 = (8, 7, 7),
         patch: Size3 = (2, 4, 4),
         patch_norm: bool = True,
@@ -214,10 +234,16 @@ class Classifier(nn.Module):
         smoothing: float = 0.0,
         released: bool = False,
         linear_std: float = 0.02,
+        classes: Sequence[str] = (),
+        views: Views | None = None,
     ):
         super().__init__()
         if num_classes < 2:
             raise ValueError(f"a classifier needs at least two classes, got {num_classes}")
+        if classes and len(classes) != num_classes:
+            raise ValueError(f"{len(classes)} names for {num_classes} classes")
+        self.classes = tuple(classes) or tuple(str(c) for c in range(num_classes))
+        self.views = views
         self.patch_embed = PatchEmbed(patch, embed_dim, norm=patch_norm)
         self.swin = Swin(
             embed_dim, depths, num_heads, window, drop_path=drop_path, released=released

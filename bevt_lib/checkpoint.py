@@ -3,9 +3,11 @@
     RUN/config.json                  the recipe
     RUN/metrics.jsonl                one line per step
     RUN/checkpoints/step_00000100/   model.safetensors  optimizer.safetensors  state.json
+                                     and ema.safetensors where the run averages its weights
 
-A checkpoint is written into a hidden folder, synced and renamed; it counts only while the
-SHA-256 sums in its state.json hold. Any number of processes resumes it.
+model.safetensors holds the weights that training goes on from, ema.safetensors their average,
+under the same names. A checkpoint is written into a hidden folder, synced and renamed; it
+counts only while the SHA-256 sums in its state.json hold. Any number of processes resumes it.
 """
 
 import hashlib
@@ -15,29 +17,35 @@ import shutil
 import sys
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-FILES = ("model.safetensors", "optimizer.safetensors")
+State = dict[str, Tensor]
 
 
 def save(
-    run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int
+    run: Path, step: int, model: nn.Module, optimizer: Optimizer, average: State, keep: int
 ) -> Path:
     """Write the checkpoint of a finished step and delete all but the last ``keep``.
 
-    Call on one process only; parameters are the same on all. Returns the checkpoint's folder.
+    ``average`` is the weight average; empty: the run keeps none. Call on one process only; all
+    hold the same. Returns the checkpoint's folder.
     """
     folder = run / "checkpoints" / f"step_{step:08d}"
     part = folder.with_name(f".part_{folder.name}")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    for name, content in zip(FILES, (tensors, optimizer_tensors(optimizer)), strict=True):
-        save_file(content, part / name)
-        _sync(part / name)
-    state = {"step": step, "sha256": {name: _sha256(part / name) for name in FILES}}
+    contents = {"model": model.state_dict(), "optimizer": optimizer_tensors(optimizer)}
+    if average:
+        contents["ema"] = average
+    sums = {}
+    for stem, tensors in contents.items():
+        path = part / f"{stem}.safetensors"
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path)
+        _sync(path)
+        sums[path.name] = _sha256(path)
+    state = {"step": step, "sha256": sums}
     (part / "state.json").write_text(json.dumps(state, indent=1))
     _sync(part / "state.json")
     _sync(part)
@@ -62,8 +70,8 @@ def latest(run: Path) -> Path | None:
     return None
 
 
-def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Load a checkpoint into model and optimizer; return its step."""
+def load(folder: Path, model: nn.Module, optimizer: Optimizer, average: State) -> int:
+    """Load a checkpoint into model, optimizer and, unless empty, average; return its step."""
     model.load_state_dict(load_file(folder / "model.safetensors"))
     tensors = load_file(folder / "optimizer.safetensors")
     for name, parameter in _named_parameters(optimizer):
@@ -71,19 +79,22 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> in
             key: tensors[f"{name}/{key}"].to(parameter.device if key != "step" else "cpu")
             for key in ("step", "exp_avg", "exp_avg_sq")
         }
+    if average:
+        for name, value in load_file(folder / "ema.safetensors").items():
+            average[name].copy_(value)
     return json.loads((folder / "state.json").read_text())["step"]
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Flatten AdamW's state to {"parameter/key": tensor} on the CPU."""
+def optimizer_tensors(optimizer: Optimizer) -> State:
+    """Flatten AdamW's state to {"parameter/key": tensor}."""
     return {
-        f"{name}/{key}": value.detach().cpu().contiguous()
+        f"{name}/{key}": value
         for name, parameter in _named_parameters(optimizer)
         for key, value in optimizer.state[parameter].items()
     }
 
 
-def _named_parameters(optimizer: torch.optim.Optimizer):
+def _named_parameters(optimizer: Optimizer):
     for group in optimizer.param_groups:
         yield from zip(group["names"], group["params"], strict=True)
 

@@ -86,6 +86,7 @@ class Optim:
     stairs: bool = False  # True: the cosine moves per epoch, not per step
     clip_norm: float = 0.0  # L2 norm of all gradients; 0: no clipping
     rules: tuple[tuple[str, float, float], ...] = ()  # (name part, lr factor, decay factor)
+    ema: float = 0.0  # share of the new weights taken into the average after each step; 0: none
 
     def __post_init__(self) -> None:
         if bool(self.steps) == bool(self.epochs):
@@ -147,9 +148,19 @@ class Finetune:
     test_clips: int = 4  # views of a test clip in time
     test_crops: int = 3  # and in space
     crop: str = "random_resized"  # or "random" (of the resized frame), for training
+    sampling: str = "dense"  # or "uniform": one frame of each of data.frames segments, no interval
+    rand_augment: tuple[int, int] = (0, 0)  # in training: operations, magnitude (0 to 30)
+    erasing: float = 0.0  # share of the training clips in which a box is erased
     antisymmetric: float = 0.0  # share of the 3D patch filters that start (+w, -w) in time
     run: Run = field(default_factory=Run)
     default_init: str = ""
+
+    def __post_init__(self) -> None:
+        operations, magnitude = self.rand_augment
+        if operations < 0 or not 0 <= magnitude <= 30:
+            raise ValueError("rand_augment is OPERATIONS,MAGNITUDE with a magnitude of 0 to 30")
+        if not 0 <= self.erasing <= 1:
+            raise ValueError(f"erasing is a share of the clips, 0 to 1, got {self.erasing}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from bevt_lib import augment
 from bevt_lib.seeds import Purpose, Stream, numpy_generator, python_generator
-from bevt_lib.video import Video, read_image, sample_frames, test_frames
+from bevt_lib.video import Video, read_image, sample_frames, test_frames, uniform_frames
 
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 Sample = dict[str, Any]
@@ -188,9 +188,12 @@ class Pictures:
 class LabelledClips:
     """Clips with labels. ``sample`` gives "pixels" uint8 (T, size, size, 3) and "label".
 
-    In training the short side is resized to a random integer in ``short`` and the crop is
-    "random_resized" (released) or "random"; a flip in every second clip if ``flip``. Otherwise the
-    centre of the middle clip. Raises VideoError for a file that can't be decoded.
+    Sampling is "dense" (every ``interval``-th frame) or "uniform" (one of each of ``frames``
+    segments of the video). In training the short side is resized to a random integer in ``short``
+    and the crop is "random_resized" (released) or "random"; a flip in every second clip if
+    ``flip``; RandAugment of (operations, magnitude); a box erased in a share ``erasing`` of the
+    clips. Otherwise the centre of the middle clip. Raises VideoError for a file that can't be
+    decoded.
     """
 
     def __init__(
@@ -205,12 +208,18 @@ class LabelledClips:
         train: bool,
         flip: bool,
         crop: str = "random_resized",
+        sampling: str = "dense",
+        rand_augment: tuple[int, int] = (0, 0),
+        erasing: float = 0.0,
     ):
         if crop not in ("random_resized", "random"):
             raise ValueError(f"crop must be random_resized or random, got {crop!r}")
+        if sampling not in ("dense", "uniform"):
+            raise ValueError(f"sampling must be dense or uniform, got {sampling!r}")
         self.entries = list(entries)
         self.frames, self.interval, self.size, self.short = frames, interval, size, short
         self.seed, self.train, self.flip, self.crop = seed, train, flip, crop
+        self.sampling, self.rand_augment, self.erasing = sampling, rand_augment, erasing
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -225,7 +234,11 @@ class LabelledClips:
         key = (Stream.VIDEO, epoch, index)
         video = Video(self.entries[index].path)
         rng = numpy_generator(self.seed, Purpose.FRAMES, *key)
-        frames = video.frames(sample_frames(len(video), self.frames, self.interval, rng))
+        if self.sampling == "uniform":
+            chosen = uniform_frames(len(video), self.frames, rng)
+        else:
+            chosen = sample_frames(len(video), self.frames, self.interval, rng)
+        frames = video.frames(chosen)
         rng = numpy_generator(self.seed, Purpose.CROP, *key)
         frames = augment.resize_short(frames, int(rng.integers(*self.short, endpoint=True)))
         if self.crop == "random":
@@ -234,6 +247,10 @@ class LabelledClips:
             frames = augment.random_resized_crop(frames, self.size, rng)
         if self.flip and rng.random() < 0.5:
             frames = augment.flip(frames)
+        if self.rand_augment[0]:
+            frames = augment.rand_augment(frames, *self.rand_augment, rng)
+        if self.erasing:
+            frames = augment.erase_box(frames, self.erasing, rng)
         return {"pixels": np.ascontiguousarray(frames), "label": self.label(index)}
 
     def views(self, index: int, num_clips: int, num_crops: int) -> np.ndarray:
@@ -244,8 +261,13 @@ class LabelledClips:
         """
         if num_crops not in (1, 3):
             raise ValueError(f"test crops must be 1 or 3, got {num_crops}")
+        if self.sampling == "uniform" and num_clips != 1:
+            raise ValueError(f"uniform sampling has 1 test clip, not {num_clips}: --test-clips 1")
         video = Video(self.entries[index].path)
-        chosen = test_frames(len(video), self.frames, self.interval, num_clips)
+        if self.sampling == "uniform":
+            chosen = uniform_frames(len(video), self.frames)
+        else:
+            chosen = test_frames(len(video), self.frames, self.interval, num_clips)
         frames = video.frames(chosen.reshape(-1))
         short = self.size if num_crops == 3 else round(sum(self.short) / 2)
         frames = augment.resize_short(frames, short)

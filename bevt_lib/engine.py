@@ -25,7 +25,7 @@ from bevt_lib import checkpoint, dist
 from bevt_lib.augment import one_thread
 from bevt_lib.config import Optim, Run
 from bevt_lib.datasets import Positions, step_batches
-from bevt_lib.optim import learning_rate, parameter_groups
+from bevt_lib.optim import learning_rate, parameter_groups, start_average, update_average
 from bevt_lib.seeds import Stream, uniform_noise
 
 Batch = dict[str, dict[str, Any]]
@@ -109,8 +109,10 @@ def fit(
     the *global* batch. ``model.counts(batch)`` says how many items each stream holds, and
     ``model.noise_sizes`` how many uniforms per sample it wants. ``prepare(batch, step)`` runs on
     the device without gradient: pixels to floats, token ids. With ``run.folder`` the run is saved
-    there and a run found there is resumed; ``config`` is compared with the one found. Raises
-    ValueError for another configuration there and for a loss that is not finite.
+    there and a run found there is resumed; ``config`` is compared with the one found. With
+    ``optim.ema`` the model ends with the weight average in the weights' place, also where the run
+    stops early or was finished before; checkpoints hold both. Raises ValueError for another
+    configuration there and for a loss that is not finite.
     """
     device = dist.device()
     split = split_batch({s: source.batch for s, source in sources.items()},
@@ -119,10 +121,12 @@ def fit(
     groups = parameter_groups(model, optim, rename)
     optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas)
     folder = Path(run.folder) if run.folder else None
-    start = _resume(folder, model, optimizer, config or {})
+    average = start_average(model) if optim.ema else {}
+    start = _resume(folder, model, optimizer, average, config or {})
     stop = min(steps, run.stop_after or steps)
     history = _read_metrics(folder, start)
     if start >= stop:
+        model.load_state_dict(model.state_dict() | average)
         return history
     wrapped = dist.replicate(model)
     items = len(next(iter(sources.values())).items)
@@ -140,6 +144,8 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["factor"]
             entry = _step(wrapped, model, micros, optimizer, optim, run, step, prepare)
+            if average:
+                update_average(average, model, optim.ema)
             seconds = time.perf_counter() - began
             entry = {"step": step, "lr": rate, **entry}
             entry["items_per_s"] = sum(s.batch for s in sources.values()) / seconds
@@ -151,10 +157,11 @@ def fit(
             stopping = asked(device)
             if folder and (done == stop or stopping or done % run.save_every == 0):
                 if dist.rank() == 0:
-                    checkpoint.save(folder, done, model, optimizer, run.keep)
+                    checkpoint.save(folder, done, model, optimizer, average, run.keep)
                 dist.wait_for_all()
             if stopping:
                 break
+    model.load_state_dict(model.state_dict() | average)
     return history
 
 
@@ -233,7 +240,11 @@ def _to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def _resume(
-    folder: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer, config: Mapping
+    folder: Path | None,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: checkpoint.State,
+    config: Mapping,
 ) -> int:
     """Load the latest checkpoint of the run, if any; return the step to go on from."""
     if folder is None:
@@ -260,7 +271,7 @@ def _resume(
             ) from None
     dist.wait_for_all()
     found = checkpoint.latest(folder)
-    return checkpoint.load(found, model, optimizer) if found else 0
+    return checkpoint.load(found, model, optimizer, average) if found else 0
 
 
 def _matters(key: str) -> bool:

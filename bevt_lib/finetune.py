@@ -4,17 +4,21 @@ from pathlib import Path
 
 import torch
 
-from bevt_lib import dist, engine, synthetic
+from bevt_lib import cost, dist, engine, synthetic
 from bevt_lib.augment import normalise
 from bevt_lib.bevt import Classifier
 from bevt_lib.config import Finetune, choose, flatten, open_door
 from bevt_lib.datasets import LabelledClips, Positions, read_list
 from bevt_lib.engine import Batch, Source
+from bevt_lib.formats import released_name
 from bevt_lib.metrics import ClassScore, score_classes
 from bevt_lib.optim import total_steps
 from bevt_lib.presets import FINETUNE
 from bevt_lib.seeds import Purpose, Stream, seeded_globals
-from bevt_lib.weights import read_weights, released_name, start_classifier
+from bevt_lib.terms import Views
+from bevt_lib.weights import read_weights, start_classifier
+
+CLASSES = {"what": synthetic.KINDS, "how": synthetic.MOTIONS}  # elsewhere, the lists' numbers
 
 
 def main(arguments: list[str]) -> None:
@@ -25,9 +29,11 @@ def main(arguments: list[str]) -> None:
         return
     with dist.world():
         model, _ = train(recipe)
+        if dist.rank() == 0:
+            model.save_pretrained(Path(run_folder(recipe)) / "model")
         result = score(recipe, model, count=recipe.run.test_clips)
         if dist.rank() == 0:
-            print(f"{recipe.task}: {result}")
+            print(f"{recipe.task}: {result}; model in {run_folder(recipe)}/model")
 
 
 def run_folder(recipe: Finetune) -> str:
@@ -43,8 +49,17 @@ def build_model(recipe: Finetune) -> Classifier:
             num_classes=recipe.num_classes, embed_dim=m.embed_dim, depths=m.depths,
             num_heads=m.num_heads, window=m.window, patch=m.patch, drop_path=m.drop_path,
             dropout=recipe.dropout, smoothing=recipe.smoothing, released=m.released,
-            linear_std=m.linear_std,
+            linear_std=m.linear_std, classes=CLASSES.get(recipe.task, ()), views=views(recipe),
         )  # fmt: skip
+
+
+def views(recipe: Finetune) -> Views:
+    """Tell how the model reads a video in use: as the recipe tests it."""
+    d = recipe.data
+    return Views(
+        frames=d.frames, interval=d.interval, size=d.size, short=d.short,
+        sampling=recipe.sampling, clips=recipe.test_clips, crops=recipe.test_crops,
+    )  # fmt: skip
 
 
 def start_weights(recipe: Finetune, model: Classifier) -> str:
@@ -52,8 +67,13 @@ def start_weights(recipe: Finetune, model: Classifier) -> str:
     path = recipe.run.init
     if not path and recipe.default_init:
         path = str(synthetic.data_folder() / recipe.default_init)
+    if not path:
+        raise ValueError(
+            f"{recipe.name} starts from pretrained weights: give them with --run.init FILE, or "
+            "--run.init scratch"
+        )
     report = "random weights"
-    if path not in ("", "scratch"):
+    if path != "scratch":
         report = f"{Path(path).name}: {start_classifier(model, read_weights(Path(path)))}"
     if recipe.antisymmetric:
         see_change(model, recipe.antisymmetric)
@@ -78,6 +98,10 @@ def build_items(recipe: Finetune, split: str = "train") -> LabelledClips:
     """Build a split's clips: embedded ("train", "val", "test", "test_unseen") or the paths'."""
     d = recipe.data
     train = split == "train"
+    if recipe.sampling == "uniform" and recipe.test_clips != 1:  # say so before training
+        raise ValueError(
+            f"uniform sampling has 1 test clip, not {recipe.test_clips}: --test-clips 1"
+        )
     own = {"train": d.video_list}.get(split, d.val_list)
     if own:
         entries = read_list(Path(own), Path(d.video_root or "."), num_classes=recipe.num_classes)
@@ -94,6 +118,7 @@ def build_items(recipe: Finetune, split: str = "train") -> LabelledClips:
     return LabelledClips(
         entries, frames=d.frames, interval=d.interval, size=d.size, short=d.short,
         seed=recipe.run.seed, train=train, flip=recipe.flip, crop=recipe.crop,
+        sampling=recipe.sampling, rand_augment=recipe.rand_augment, erasing=recipe.erasing,
     )  # fmt: skip
 
 
@@ -104,7 +129,10 @@ def prepare(batch: Batch, step: int) -> Batch:
 
 
 def train(recipe: Finetune) -> tuple[Classifier, list[dict[str, float]]]:
-    """Run a fine-tuning recipe; return the model and the record, one dict per step."""
+    """Run a fine-tuning recipe; return the model and the record, one dict per step.
+
+    With ``optim.ema`` the model holds the weight average, as the released evaluation does.
+    """
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
     engine.be_deterministic(recipe.run.deterministic)
@@ -134,23 +162,14 @@ def score(
 
 
 def plan(recipe: Finetune) -> str:
-    """Describe a run before its first step; nothing is read."""
-    batches = {"clip": recipe.optim.clips}
-    processes = recipe.run.processes or dist.world_size()
-    split = engine.split_batch(batches, processes, recipe.run.micro_batch)
+    """Describe a run before its first step: size, steps, tokens, cost; nothing is read."""
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in build_model(recipe).parameters())
-    items = recipe.data.expected_items
-    lines = {
-        "preset": recipe.name,
-        "parameters": f"{parameters:,}",
-        "global batch": f"{recipe.optim.clips} clips of {recipe.data.frames} frames",
-        "cut into": str(split),
-        "steps": f"{total_steps(recipe.optim, items):,} ({items:,} clips)",
-        "test views": f"{recipe.test_clips} clips x {recipe.test_crops} crops",
-        "starts from": recipe.run.init or recipe.default_init or "--run.init, not given yet",
-    }
-    return "\n".join(f"{key:17s} {value}" for key, value in lines.items())
+        model = build_model(recipe)
+    items = {"clip": cost.clip_item(recipe, model)}
+    lines = cost.describe(recipe, model, {"clip": recipe.optim.clips}, items)
+    lines["test views"] = f"{recipe.test_clips} clips x {recipe.test_crops} crops"
+    lines["starts from"] = recipe.run.init or recipe.default_init or "--run.init, not given yet"
+    return cost.write(lines)
 
 
 if __name__ == "__main__":

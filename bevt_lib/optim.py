@@ -1,9 +1,9 @@
-"""Parameter groups and learning rates, as functions of names and of the step."""
+"""Parameter groups and learning rates, as functions of names and of the step; weight average."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from bevt_lib.config import Optim
 
@@ -60,7 +60,8 @@ def cycle_of(optim: Optim, step: int) -> tuple[int, int]:
 def learning_rate(optim: Optim, step: int, items: int) -> float:
     """Give the base rate at a step: cosine to 0, scaled up linearly during warm-up.
 
-    With ``stairs`` the cosine moves once per epoch; warm-up moves at every step in either case.
+    With ``stairs`` the cosine moves once per epoch; warm-up moves at every step in either case,
+    and holds its last rate until the next epoch where its length isn't a whole number of steps.
     Steps beyond ``optim.steps`` run down the further cosines of ``optim.restarts``.
     """
     cycle, place = cycle_of(optim, step)
@@ -69,9 +70,31 @@ def learning_rate(optim: Optim, step: int, items: int) -> float:
         return optim.lr * share * 0.5 * (1 + math.cos(math.pi * place / extra))
     per_epoch = items / (optim.clips or optim.images)
     unit = 1.0 if optim.steps else per_epoch  # steps in the unit of length and warm-up
+    last = math.floor(optim.warmup * unit)
+    # mmcv's stairs leave warm-up where step == its length, or with the next epoch. A length between
+    # two steps is never met: its last rate is held. A whole one is met at ``last``: regular rate.
+    if optim.stairs and math.floor(step / unit) == math.floor(last / unit):
+        step = min(step, last)
     now, length = step / unit, optim.steps or optim.epochs
     shown = math.floor(now) if optim.stairs else now
     regular = optim.lr * (0.5 * (1 + math.cos(math.pi * shown / length)) if optim.cosine else 1.0)
     if now >= optim.warmup:
         return regular
     return regular * (1 - (1 - now / optim.warmup) * (1 - optim.warmup_start))
+
+
+def start_average(model: nn.Module) -> dict[str, Tensor]:
+    """Copy the floating-point parameters and buffers to float32: a weight average's start."""
+    state = model.state_dict()
+    return {k: v.float().clone() for k, v in state.items() if v.is_floating_point()}
+
+
+def update_average(average: Mapping[str, Tensor], model: nn.Module, share: float) -> None:
+    """Take the weights into their exponential moving average (EMA), in place.
+
+    ``average <- (1 - share) average + share weights``. Source: mmcv's hook in the released SSv2
+    recipe, there after every micro-iteration.
+    """
+    weights = model.state_dict()
+    for name, mean in average.items():
+        mean.lerp_(weights[name].float(), share)

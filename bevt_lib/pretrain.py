@@ -8,7 +8,7 @@ from random import Random
 import numpy as np
 import torch
 
-from bevt_lib import dist, engine, synthetic
+from bevt_lib import cost, dist, engine, synthetic
 from bevt_lib.bevt import BEVT, add_tokens
 from bevt_lib.config import Pretrain, choose, flatten, open_door
 from bevt_lib.datasets import (
@@ -19,13 +19,15 @@ from bevt_lib.datasets import (
     read_list,
 )
 from bevt_lib.engine import Source
+from bevt_lib.formats import released_name
 from bevt_lib.masking import block_mask, tube_mask
 from bevt_lib.metrics import TokenScore, score_tokens
 from bevt_lib.optim import total_steps
-from bevt_lib.presets import PRETRAIN
+from bevt_lib.presets import PRETRAIN, lesson_dvae
 from bevt_lib.seeds import Purpose, Stream, seeded_globals
-from bevt_lib.tokenizer import DalleTokenizer, load_tokenizer
-from bevt_lib.weights import read_weights, released_name, start_pretraining
+from bevt_lib.terms import Views
+from bevt_lib.tokenizer import DalleTokenizer, build, load_tokenizer
+from bevt_lib.weights import read_weights, start_pretraining
 
 STRIDE = 16  # pixels of the clip per token: Swin's stage 3
 
@@ -37,8 +39,9 @@ def main(arguments: list[str]) -> None:
         print(plan(recipe))
         return
     with dist.world():
-        history = train(recipe)
+        model, history = train(recipe)
         if dist.rank() == 0:
+            model.save_pretrained(Path(run_folder(recipe)) / "model")
             last = history[-1]
             print(f"step {last['step'] + 1}: loss {last['loss']:.3f}; run in {run_folder(recipe)}")
 
@@ -50,13 +53,19 @@ def run_folder(recipe: Pretrain) -> str:
 
 def build_model(recipe: Pretrain) -> BEVT:
     """Build the model with weights drawn from the run's seed."""
-    m = recipe.model
+    m, d = recipe.model, recipe.data
     with seeded_globals(recipe.run.seed, Purpose.WEIGHTS):
         return BEVT(
             vocab_size=recipe.tokens.vocab_size, embed_dim=m.embed_dim, depths=m.depths,
             num_heads=m.num_heads, window=m.window, patch=m.patch, drop_path=m.drop_path,
             released=m.released, linear_std=m.linear_std, streams=recipe.streams,
+            views=Views(frames=d.frames, interval=d.interval, size=d.size, short=d.short),
         )  # fmt: skip
+
+
+def shipped_tokenizer() -> Path:
+    """Find the lesson tokenizer's file."""
+    return synthetic.data_folder() / "weights" / "lesson_dvae.safetensors"
 
 
 def build_tokenizer(recipe: Pretrain) -> DalleTokenizer:
@@ -64,8 +73,7 @@ def build_tokenizer(recipe: Pretrain) -> DalleTokenizer:
 
     Raises ValueError where its vocabulary isn't the recipe's.
     """
-    shipped = synthetic.data_folder() / "weights" / "lesson_dvae.safetensors"
-    tokenizer = load_tokenizer(recipe.tokens.weights or shipped).to(dist.device())
+    tokenizer = load_tokenizer(recipe.tokens.weights or shipped_tokenizer()).to(dist.device())
     if tokenizer.vocab_size != recipe.tokens.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the recipe "
@@ -146,8 +154,8 @@ def global_batches(recipe: Pretrain) -> dict[str, int]:
     return {stream: sizes[stream] for stream in recipe.streams}
 
 
-def train(recipe: Pretrain) -> list[dict[str, float]]:
-    """Run a pretraining recipe and return its record, one dict per step."""
+def train(recipe: Pretrain) -> tuple[BEVT, list[dict[str, float]]]:
+    """Run a pretraining recipe; return the model and the record, one dict per step."""
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
     engine.be_deterministic(recipe.run.deterministic)
@@ -168,12 +176,13 @@ def train(recipe: Pretrain) -> list[dict[str, float]]:
         for stream, batch in global_batches(recipe).items()
     }  # fmt: skip
     first = sources[recipe.streams[0]].items
-    return engine.fit(
+    history = engine.fit(
         model, sources, recipe.optim, engine.in_folder(recipe.run, run_folder(recipe)),
         steps=total_steps(recipe.optim, len(first)),
         prepare=lambda batch, step: add_tokens(batch, tokenizer),
         config=flatten(recipe), rename=released_name,
     )  # fmt: skip
+    return model, history
 
 
 def score(recipe: Pretrain, model: BEVT, stream: str, count: int = 512) -> TokenScore:
@@ -183,30 +192,18 @@ def score(recipe: Pretrain, model: BEVT, stream: str, count: int = 512) -> Token
 
 
 def plan(recipe: Pretrain) -> str:
-    """Describe a run before its first step: parameters, batches, steps, tokens; nothing is read."""
-    batches = global_batches(recipe)
-    processes = recipe.run.processes or dist.world_size()
-    split = engine.split_batch(batches, processes, recipe.run.micro_batch)
+    """Describe a run before its first step: size, steps, tokens, cost; nothing is read."""
+    words = recipe.tokens.vocab_size
+    # DALL-E's own tokenizer for its number of words, else one of the shipped one's size
+    hidden, blocks = (256, 2) if words == 8192 else (lesson_dvae().hidden, lesson_dvae().blocks)
     with torch.device("meta"):
         model = build_model(recipe)
-    parameters = sum(p.numel() for p in model.parameters())
-    side = recipe.data.size // STRIDE
-    frames = {"video": recipe.data.frames, "image": 1}
-    tokens = sum(n * frames[s] * side * side for s, n in batches.items())
-    items = recipe.data.expected_items
-    steps = total_steps(recipe.optim, items)
-    per_epoch = items / batches[recipe.streams[0]]
-    lines = {
-        "preset": recipe.name,
-        "parameters": f"{parameters:,} (the frozen tokenizer not counted)",
-        "global batch": " + ".join(f"{n} {s}s" for s, n in batches.items()),
-        "cut into": str(split),
-        "steps": f"{steps:,} ({items:,} {recipe.streams[0]}s, {per_epoch:,.0f} steps an epoch)",
-        "ids named a step": f"{tokens:,} of {recipe.tokens.vocab_size} tokens",
-        "starts from": recipe.run.init or recipe.default_init
-        or ("--run.init, not given yet" if recipe.needs_init else "random weights"),
-    }  # fmt: skip
-    return "\n".join(f"{key:17s} {value}" for key, value in lines.items())
+        tokenizer = DalleTokenizer(*build(hidden, blocks, words))
+    items = {s: cost.token_item(recipe, model, tokenizer, s) for s in recipe.streams}
+    lines = cost.describe(recipe, model, global_batches(recipe), items, tokenizer)
+    lines["starts from"] = recipe.run.init or recipe.default_init or (
+        "--run.init, not given yet" if recipe.needs_init else "random weights")  # fmt: skip
+    return cost.write(lines)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Transformer as released with BEVT (Swin-B: 128 channels, depths 2-2-18-2, window
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -179,7 +179,7 @@ class Block(nn.Module):
         released: bool,
     ):
         super().__init__()
-        self.window, self.shifted, self.released = window, shifted, released
+        self.window, self.shifted, self.released = _three(window), shifted, released
         self.drop_path = drop_path
         self.norm1 = nn.LayerNorm(dim)
         self.attn = WindowAttention(dim, num_heads, window)
@@ -241,7 +241,7 @@ class PatchEmbed(nn.Module):
     def __init__(self, patch: Size3, dim: int, *, norm: bool = True):
         super().__init__()
         self.patch = patch
-        self.proj = nn.Conv3d(3, dim, kernel_size=patch, stride=patch)
+        self.proj = nn.Conv3d(3, dim, kernel_size=_three(patch), stride=_three(patch))
         self.norm = nn.LayerNorm(dim) if norm else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -284,8 +284,8 @@ class Swin(nn.Module):
     def __init__(
         self,
         embed_dim: int = 128,
-        depths: tuple[int, ...] = (2, 2, 18, 2),
-        num_heads: tuple[int, ...] = (4, 8, 16, 32),
+        depths: Sequence[int] = (2, 2, 18, 2),
+        num_heads: Sequence[int] = (4, 8, 16, 32),
         window: Size3 = (8, 7, 7),
         *,
         drop_path: float = 0.0,

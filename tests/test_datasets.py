@@ -1,6 +1,7 @@
 """Lists, samples and positions: keyed, complete, and clear about bad input."""
 
 import pickle
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -9,7 +10,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from bevt_lib import augment, synthetic
+from bevt_lib import augment, finetune, synthetic
+from bevt_lib.config import override
 from bevt_lib.datasets import (
     Entry,
     LabelledClips,
@@ -21,6 +23,7 @@ from bevt_lib.datasets import (
     read_list,
     step_batches,
 )
+from bevt_lib.presets import paper_diving48, paper_k400, paper_ssv2
 from bevt_lib.pretrain import hide_blocks, hide_tubes
 from bevt_lib.seeds import Stream
 from bevt_lib.video import VideoError, test_frames, write_video
@@ -237,6 +240,87 @@ def test_pretraining_clips_take_frames_at_the_interval(counting):
 def test_a_crop_must_be_named_rightly(counting):
     with pytest.raises(ValueError, match="random_resized or random, got 'center'"):
         whole_crops(counting, train=True, flip=False, crop="center")
+    with pytest.raises(ValueError, match="dense or uniform, got 'unifrom'"):
+        whole_crops(counting, train=True, flip=False, sampling="unifrom")
+
+
+# The segments of the films of 10 and 40 frames cut in 5, by hand: 1.8 and 7.8 frames each.
+BOUNDS = {0: [0, 2, 4, 5, 7, 9], 1: [0, 8, 16, 23, 31, 39]}
+
+
+@pytest.mark.parametrize("index", BOUNDS)
+def test_uniform_sampling_takes_a_frame_of_each_segment(counting, index):
+    bounds = np.array(BOUNDS[index])
+    settings = {"flip": False, "crop": "random", "sampling": "uniform"}
+    clips = whole_crops(counting, train=True, **settings)
+    steps = np.stack([
+        np.rint(np.diff(clips.sample(epoch, index)["pixels"].mean((1, 2, 3)) / STEP))
+        for epoch in range(60)
+    ])  # fmt: skip  # where a crop lies shifts all frames by the same level
+    assert (steps <= bounds[2:] - bounds[:-2]).all() and (steps >= 0).all()
+    assert (steps.max(0) - steps.min(0) >= 0.5 * (bounds[2:] - bounds[:-2])).all()
+    assert (np.abs(steps.mean(0) - (bounds[2:] - bounds[:-2]) / 2) < 1.3).all()
+    tested = whole_crops(counting, train=False, **settings)
+    middles = ((bounds[:-1] + bounds[1:]) // 2).tolist()
+    for view, left in zip(tested.views(index, 1, 3), (0, 32, 16), strict=True):
+        assert frame_numbers(view, left) == middles
+    assert frame_numbers(tested.sample(0, index)["pixels"], 16) == middles
+    with pytest.raises(ValueError, match=r"1 test clip, not 4: --test-clips 1$"):
+        tested.views(index, 4, 3)
+
+
+def test_a_box_is_erased_last_and_nothing_else_changes(counting):
+    """Same frames, crop and flip as without; its colour is untouched by RandAugment."""
+    plain, erased, both = (
+        whole_crops(counting, train=True, flip=True, erasing=share, rand_augment=operations)
+        for share, operations in ((0.0, (0, 0)), (1.0, (0, 0)), (1.0, (4, 7)))
+    )
+    for epoch in range(8):
+        first, second, third = (c.sample(epoch, 1)["pixels"] for c in (plain, erased, both))
+        box = (second == (124, 116, 104)).all(-1)  # the films are grey, it isn't
+        assert 0.015 < box[0].mean() < 0.35 and (box == box[:1]).all()
+        assert np.array_equal(first[~box], second[~box])
+        assert 0.015 < (third == (124, 116, 104)).all(-1).mean() < 0.35
+        assert np.array_equal(third, both.sample(epoch, 1)["pixels"])
+    tested = whole_crops(counting, train=False, flip=True, erasing=1.0, rand_augment=(4, 7))
+    assert frame_numbers(tested.sample(0, 1)["pixels"], 16) == test_frames(40, 5, 3, 1)[0].tolist()
+
+
+def test_augmented_clips_are_the_same_in_any_process(counting):
+    clips = whole_crops(counting, train=True, flip=False, erasing=0.5, rand_augment=(4, 7))
+    positions = Positions(clips, seed=0, stream=Stream.VIDEO)
+    loader = DataLoader(positions, batch_sampler=[[p] for p in range(6)], num_workers=2)
+    for position, batch in enumerate(loader):
+        assert np.array_equal(batch["pixels"][0].numpy(), positions[position]["pixels"])
+
+
+@pytest.mark.parametrize("recipe", [paper_ssv2(), paper_diving48()], ids=lambda r: r.task)
+def test_paper_recipes_of_motion_read_a_list_as_released(counting, tmp_path, recipe):
+    listed = tmp_path / "list.txt"
+    listed.write_text("".join(f"{entry.path} {entry.label}\n" for entry in counting))
+    data = replace(recipe.data, video_list=str(listed), val_list=str(listed), video_root="/")
+    recipe = replace(recipe, data=data)
+    items = finetune.build_items(recipe)
+    assert items.sample(0, 0)["pixels"].shape == (32, 224, 224, 3)  # of a film of 10 frames
+    boxes = [(items.sample(e, 1)["pixels"] == (124, 116, 104)).all(-1)[0].mean() for e in range(24)]
+    assert 1 <= sum(share > 0.015 for share in boxes) <= 12  # a quarter of them
+    views = finetune.build_items(recipe, "test").views(1, recipe.test_clips, recipe.test_crops)
+    assert views.shape == (3, 32, 224, 224, 3)
+    grey = views[2].astype(float).mean((1, 2, 3)) / STEP  # 0 to 39 from all over the film
+    assert abs(grey[-1] - grey[0] - 38) <= 1
+    assert recipe.optim.ema == pytest.approx(0.0015988806, abs=1e-9)  # 1 - 0.9998^8
+
+
+def test_settings_that_can_not_work_are_refused_before_training():
+    for words, message in (
+        (["--rand-augment", "4,31"], "magnitude of 0 to 30"),
+        (["--erasing", "25"], "0 to 1, got 25"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            override(paper_ssv2(), words)
+    recipe = override(paper_k400(), ["--sampling", "uniform"])
+    with pytest.raises(ValueError, match="1 test clip, not 4: --test-clips 1"):
+        finetune.build_items(recipe)
 
 
 def test_a_pickled_data_set_gives_the_same_samples(clips):

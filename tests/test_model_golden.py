@@ -7,8 +7,8 @@ from golden_numbers import CASES, TOLERANCES, arrays, rule_input, rule_weight
 from torch import nn
 
 from bevt_lib.bevt import BEVT, Classifier
+from bevt_lib.formats import released_name, released_shape
 from bevt_lib.masking import mask_in_time
-from bevt_lib.weights import released_name, released_shape
 
 ATOL = TOLERANCES["outputs_atol"]
 
@@ -72,11 +72,15 @@ def deviation(out: torch.Tensor, golden, case: str) -> float:
     return float(np.abs(out[:, ::s0, ::s1].detach().numpy() - golden[f"{case}/out"]).max())
 
 
+def relative(mine, expected) -> float:
+    return abs(float(mine) - float(expected)) / abs(float(expected))
+
+
 BACKBONES = [(c, k) for c in CASES.get("pretraining_backbone", []) for k in c["cases"]]
 
 
 @pytest.mark.parametrize("config, case", BACKBONES, ids=lambda c: c["name"])
-def test_pretraining_backbone(config, case, record_property):
+def test_pretraining_backbone(config, case, parity):
     golden = arrays(config["file"])
     name = case["name"]
     model = fill(BEVT(vocab_size=4, **architecture(config)), config["weight_scale"])
@@ -90,8 +94,7 @@ def test_pretraining_backbone(config, case, record_property):
     with torch.no_grad():
         out = model.features(case["kind"], pixels, mask).flatten(1, 3)
     worst = deviation(out, golden, name)
-    record_property("deviation", worst)
-    assert worst < ATOL, explain(golden, name, seen)
+    parity(f"a backbone, {case['kind']}", worst, ATOL, explain(golden, name, seen))
     checked = [k for k in seen if f"{name}/inter/{k}/stats" in golden]
     assert len(checked) >= sum(config["depths"]), "the diagnostics must cover every block"
     for key in checked:
@@ -115,7 +118,7 @@ class StandInTokenizer(nn.Module):
 
 
 @pytest.mark.parametrize("case", CASES.get("loss_and_gradients", []), ids=lambda c: c["file"])
-def test_loss_and_gradients(case):
+def test_loss_and_gradients(case, parity):
     golden = arrays(case["file"])
     config = next(c for c in CASES["pretraining_backbone"] if c["name"] == case["backbone"])
     model = fill(BEVT(vocab_size=case["vocab"], **architecture(config)), case["weight_scale"])
@@ -142,24 +145,26 @@ def test_loss_and_gradients(case):
     video, image = terms["video"], terms["image"]
     rtol = TOLERANCES["loss_rtol"]
     means = video.loss / video.count, image.loss / image.count
-    assert np.isclose(float(means[0]), float(golden["loss_cls_3d"]), rtol=rtol)
-    assert np.isclose(float(means[1]), float(golden["loss_cls_2d"]), rtol=rtol)
+    loss = means[0] + means[1]
+    for mine, key in ((means[0], "loss_cls_3d"), (means[1], "loss_cls_2d"), (loss, "loss")):
+        parity("b losses (relative)", relative(mine, golden[key]), rtol)
     for term, key in ((video, "mask_acc_3d"), (image, "mask_acc_2d")):
         assert np.isclose(int(term.logs["accuracy"]) / term.count, float(golden[key]), atol=1e-6)
-    loss = means[0] + means[1]
-    assert np.isclose(float(loss), float(golden["loss"]), rtol=rtol)
     loss.backward()
     norms = {released_name(n): p.grad.double().norm().item() for n, p in model.named_parameters()}
     rtol = TOLERANCES["grad_norm_rtol"]
     assert set(norms) == set(golden["grad_names"])
     for name, expected in zip(golden["grad_names"], golden["grad_norms"], strict=True):
-        assert np.isclose(norms[name], expected, rtol=rtol, atol=1e-8), name
+        if expected > 1e-7:  # a key's bias has no gradient but rounding
+            parity("d gradient norms (relative)", relative(norms[name], expected), rtol, name)
+        else:
+            assert norms[name] < 1e-6, name
     total = np.sqrt(sum(n**2 for n in norms.values()))
-    assert np.isclose(total, float(golden["total_grad_norm"]), rtol=rtol)
+    parity("d gradient norms (relative)", relative(total, golden["total_grad_norm"]), rtol)
 
 
 @pytest.mark.parametrize("case", CASES.get("head", []), ids=lambda c: c["file"])
-def test_head(case):
+def test_head(case, parity):
     """The token head alone, on given features, through the model's own loss."""
     golden = arrays(case["file"])
     width, (h, w), clip_len = case["in_channels"], case["grid"], case["clip_len"]
@@ -187,17 +192,18 @@ def test_head(case):
         model.features = lambda *args, given=given: given
         term = model.stream_loss(stream, None, tokens, torch.from_numpy(mask).bool())
         mean = float(term.loss) / term.count
-        assert np.isclose(mean, float(golden[f"loss_cls_{tag}"]), rtol=TOLERANCES["loss_rtol"])
+        rtol = TOLERANCES["loss_rtol"]
+        parity("b losses (relative)", relative(mean, golden[f"loss_cls_{tag}"]), rtol)
         head = model.token_head(features[stream])[0, :3, :8].detach()
         key = next(k for k in golden if k.startswith("logits") and tag in k)
-        assert np.allclose(head, golden[key], atol=ATOL)
+        parity("b token head", np.abs(head.numpy() - golden[key]).max(), ATOL)
 
 
 CLASSIFIERS = [(c, k) for c in CASES.get("classifier", []) for k in c["cases"]]
 
 
 @pytest.mark.parametrize("config, case", CLASSIFIERS, ids=lambda c: c["name"])
-def test_classifier(config, case):
+def test_classifier(config, case, parity):
     golden = arrays(config["file"])
     name, classes = case["name"], config["num_classes"]
     model = fill(Classifier(num_classes=classes, **architecture(config)), config["weight_scale"])
@@ -206,23 +212,23 @@ def test_classifier(config, case):
     if case["kind"] == "views":
         with torch.no_grad():
             logits = model.logits(pixels[0])
-        assert np.allclose(logits, golden["views/logits_per_view"], atol=ATOL)
         average = logits.softmax(-1).mean(0, keepdim=True)
-        assert np.allclose(average, golden["views/prob_average"], atol=ATOL)
+        for mine, key in ((logits, "logits_per_view"), (average, "prob_average")):
+            parity("c views", np.abs(mine.numpy() - golden[f"{name}/{key}"]).max(), ATOL)
         return
     with torch.no_grad():
         features = model.features(pixels).permute(0, 4, 1, 2, 3)
         logits = model.logits(pixels)
-    assert np.allclose(features[:, ::5], golden[f"{name}/feat"], atol=ATOL), explain(
-        golden, name, seen
-    )
-    assert np.allclose(logits, golden[f"{name}/logits"], atol=ATOL)
+    worst = np.abs(features[:, ::5].numpy() - golden[f"{name}/feat"]).max()
+    parity("c classifier features", worst, ATOL, explain(golden, name, seen))
+    parity("c classifier logits", np.abs(logits.numpy() - golden[f"{name}/logits"]).max(), ATOL)
     labels = torch.from_numpy(golden[f"{name}/labels"]).long()
     for smoothing, key in ((0.0, "loss_hard"), (0.1, "loss_smooth0.1")):
         model.smoothing = smoothing
         term = model({"clip": {"pixels": pixels, "label": labels}})["clip"]
         mean = float(term.loss) / term.count
-        assert np.isclose(mean, float(golden[f"{name}/{key}"]), rtol=TOLERANCES["loss_rtol"])
+        rtol = TOLERANCES["loss_rtol"]
+        parity("c classifier losses (relative)", relative(mean, golden[f"{name}/{key}"]), rtol)
 
 
 def test_the_lift_in_time_doubles_each_step():

@@ -2,6 +2,7 @@
 
 import re
 import struct
+from fractions import Fraction
 
 import av
 import cv2
@@ -12,7 +13,16 @@ from PIL import Image
 
 from bevt_lib import video
 from bevt_lib.synthetic import data_folder
-from bevt_lib.video import Video, VideoError, read_image, sample_frames, test_frames, write_video
+from bevt_lib.video import (
+    Video,
+    VideoError,
+    read_image,
+    sample_frames,
+    segments,
+    test_frames,
+    uniform_frames,
+    write_video,
+)
 
 FILM = data_folder() / "film" / "city.mp4"
 test_frames.__test__ = False  # a library function, not a test
@@ -121,12 +131,12 @@ def frame_cases():
 
 
 @pytest.mark.parametrize("key", frame_cases())
-def test_test_mode_frames_equal_the_released_sampler(key):
+def test_test_mode_frames_equal_the_released_sampler(key, parity):
     parts = dict(zip("LINT", (int(p.strip("clipntNT")) for p in key.split("/")[0].split("_")),
                      strict=True))  # fmt: skip
     expected = arrays(CASES["frames"]["file"])[key]
     mine = test_frames(parts["T"], parts["L"], parts["I"], parts["N"])
-    assert np.array_equal(mine.reshape(-1), expected)
+    parity("g frames, test", np.abs(mine.reshape(-1) - expected).max(), 0)
 
 
 @pytest.mark.parametrize("total, length, interval", [(10, 16, 8), (130, 16, 8), (300, 32, 2)])
@@ -335,11 +345,44 @@ class ReleasedDice:
 
 
 @pytest.mark.parametrize("key", [k for k in frame_cases() if "_n1_" in k])
-def test_training_frames_equal_the_released_sampler(key):
+def test_training_frames_equal_the_released_sampler(key, parity):
     golden, case = arrays(CASES["frames"]["file"]), key.removesuffix("/test")
     length, interval, _, total = (int(n) for n in re.findall(r"\d+", case))
     low, high = golden[f"{case}/train_offset_range_rule"]
     assert (low, high) == (0, max(total - length * interval, 0))
     dice = ReleasedDice(7)
     for expected in golden[f"{case}/train_example_seeded"]:
-        assert np.array_equal(sample_frames(total, length, interval, dice), expected)
+        mine = sample_frames(total, length, interval, dice)
+        parity("g frames, training", np.abs(mine - expected).max(), 0)
+
+
+def uniform_cases():
+    golden = arrays(CASES["frames"]["file"]) if "frames" in CASES else {}
+    return [k.removesuffix("/test") for k in golden if re.fullmatch(r"uniform_clip.*/test", k)]
+
+
+@pytest.mark.parametrize("case", uniform_cases())
+def test_uniform_frames_equal_the_released_sampler(case, parity):
+    golden = arrays(CASES["frames"]["file"])
+    length, total = (int(n) for n in re.findall(r"\d+", case))
+    low, high = (golden[f"{case}/train_{end}"] for end in ("lo", "hi"))
+    parity("g frames, training", np.abs(np.array(segments(total, length)) - (low, high)).max(), 0)
+    mine = uniform_frames(total, length)
+    parity("g frames, test", np.abs(mine - golden[f"{case}/test"]).max(), 0)
+    rng = np.random.default_rng(0)
+    draws = np.stack([uniform_frames(total, length, rng) for _ in range(4000)])
+    assert np.array_equal((draws.min(0), draws.max(0)), (low, high))
+    error = np.sqrt(((high - low + 1.0) ** 2 - 1) / 12 / len(draws))  # of the mean, if all alike
+    assert (np.abs(draws.mean(0) - (low + high) / 2) <= 4.5 * error).all()
+
+
+@pytest.mark.parametrize("total", [1, 2, 17, 31, 32, 49, 1000])
+def test_segments_cover_a_video_of_any_length(total):
+    """Against exact fractions, whose rounding takes halves to even."""
+    bounds = [round(Fraction(total - 1, 32) * i) for i in range(33)]
+    first, last = segments(total, 32)
+    assert (first.tolist(), last.tolist()) == (bounds[:-1], bounds[1:])
+    drawn = uniform_frames(total, 32, np.random.default_rng(0))
+    for chosen in (drawn, uniform_frames(total, 32)):
+        assert chosen.shape == (32,) and (np.diff(chosen) >= 0).all()
+        assert (first <= chosen).all() and (chosen <= last).all() and last[-1] == total - 1

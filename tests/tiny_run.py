@@ -1,6 +1,7 @@
 """A tiny joint pretraining through the real loop: for tests, alone or under torchrun.
 
     python tests/tiny_run.py FOLDER STEPS [--micro N] [--stop-after N] [--save-every N] [--seed N]
+                             [--ema SHARE]
 
 Real model, masks, noise, data order and checkpoints; pixels and ids are keyed random arrays, ids
 copied from the pixels so that there is something to learn. Prints the losses as JSON on rank 0.
@@ -48,21 +49,33 @@ def prepare(batch, step):
     return {s: {**part, "pixels": normalise(part["pixels"])} for s, part in batch.items()}
 
 
-def run(folder: str, steps: int, *, micro: int = 0, stop_after: int = 0, save_every: int = 4,
-        seed: int = 0) -> list[dict]:  # fmt: skip
-    torch.set_num_threads(1)
+def build_model(seed: int = 0) -> BEVT:
     with seeded_globals(seed, Purpose.WEIGHTS):
-        model = BEVT(vocab_size=8, embed_dim=8, depths=(1, 1, 2, 1), num_heads=(1, 1, 2, 2),
-                     window=(2, 2, 2), drop_path=0.2, linear_std=0.0)  # fmt: skip
+        return BEVT(vocab_size=8, embed_dim=8, depths=(1, 1, 2, 1), num_heads=(1, 1, 2, 2),
+                    window=(2, 2, 2), drop_path=0.2, linear_std=0.0)  # fmt: skip
+
+
+def train(folder: str, steps: int, *, micro: int = 0, stop_after: int = 0, save_every: int = 4,
+          keep: int = 2, seed: int = 0, ema: float = 0.0) -> tuple[BEVT, list[dict]]:  # fmt: skip
+    torch.set_num_threads(1)
+    model = build_model(seed)
     sources = {
         "video": Source(Positions(Arrays(Stream.VIDEO, 4), seed=seed, stream=Stream.VIDEO), 6),
         "image": Source(Positions(Arrays(Stream.IMAGE, 1), seed=seed, stream=Stream.IMAGE), 12),
     }
-    optim = Optim(lr=3e-3, clips=6, images=12, steps=steps, warmup=2, clip_norm=3.0)
+    optim = Optim(lr=3e-3, clips=6, images=12, steps=steps, warmup=2, clip_norm=3.0,
+                  ema=ema)  # fmt: skip
     settings = Run(folder=folder, micro_batch=micro, stop_after=stop_after, save_every=save_every,
-                   seed=seed)  # fmt: skip
-    config = {"steps": steps, "run.seed": seed}
-    return engine.fit(model, sources, optim, settings, steps=steps, prepare=prepare, config=config)
+                   keep=keep, seed=seed)  # fmt: skip
+    config = {"steps": steps, "run.seed": seed, "optim.ema": ema}
+    history = engine.fit(
+        model, sources, optim, settings, steps=steps, prepare=prepare, config=config
+    )
+    return model, history
+
+
+def run(folder: str, steps: int, **settings) -> list[dict]:
+    return train(folder, steps, **settings)[1]
 
 
 if __name__ == "__main__":
@@ -71,8 +84,12 @@ if __name__ == "__main__":
     parser.add_argument("steps", type=int)
     for name, default in (("micro", 0), ("stop-after", 0), ("save-every", 4), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--ema", type=float, default=0.0)
     given = vars(parser.parse_args())
     with dist.world():
-        history = run(given.pop("folder"), given.pop("steps"), **given)
+        model, history = train(given.pop("folder"), given.pop("steps"), **given)
+        sums = torch.stack([p.detach().double().sum() for p in model.parameters()])
+        same = torch.equal(dist.sum_over_processes(sums.clone()), sums * dist.world_size())
+        assert same, "the processes end with different models"
         if dist.rank() == 0:
             print(json.dumps([entry["loss"] for entry in history]))

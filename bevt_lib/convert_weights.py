@@ -1,0 +1,107 @@
+"""Convert weights: ``python -m bevt_lib.convert_weights FILE OUT [--to FORMAT]``.
+
+FILE: a checkpoint of released BEVT, Video-Swin, 2D Swin (its repository's or timm's), torchvision's
+swin3d, or this kit's file or folder. OUT: a model folder of ours (``model.safetensors`` and
+``config.json``) or, where it ends in ``.safetensors`` or ``.pth``, a file of tensors. Prints a
+table of what was taken, what was left out, and why.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from bevt_lib.bevt import BEVT, Classifier
+from bevt_lib.config import open_door
+from bevt_lib.formats import NAMES, Recognised, architecture, export
+from bevt_lib.weights import Report, load_strict, read_checkpoint, save_weights
+
+TOKENIZER_FILE = "tokenizer_encoder.safetensors"  # beside model.safetensors, where a file holds one
+
+
+def main(arguments: list[str]) -> None:
+    """Read the command line, convert, and print the table."""
+    parser = argparse.ArgumentParser(prog="python -m bevt_lib.convert_weights", exit_on_error=False)
+    parser.add_argument("source", type=Path, metavar="FILE", help="a checkpoint file or a folder")
+    parser.add_argument("target", type=Path, metavar="OUT", help="a folder, .safetensors or .pth")
+    parser.add_argument("--to", choices=["ours", *NAMES], default="ours", help="whose names")
+    try:
+        given = parser.parse_args(arguments)
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from None
+    print(convert(given.source, given.target, given.to))
+
+
+def convert(source: Path, target: Path, format: str = "ours") -> str:
+    """Convert one checkpoint; return the table. See the module's docstring.
+
+    A released checkpoint's tokenizer goes to ``tokenizer_encoder.safetensors`` in the folder, and
+    back into a released one from there. Raises ValueError where FILE holds no whole model and OUT
+    is a folder, and where the other format has no place for what FILE holds.
+    """
+    found = read_checkpoint(source)
+    beside = source / TOKENIZER_FILE
+    if source.is_dir() and beside.exists():
+        found.tokenizer = load_file(beside)
+    report = Report(taken=list(found.state))
+    for name, why in found.left_out.items():
+        report.put("left_out", name, why)
+    as_file = target.suffix in (".safetensors", ".pth")
+    if format == "ours" and not as_file:
+        model = build_model(found, source)
+        model.save_pretrained(target)
+        told = architecture(found.state, found.tokens) | {"released quirks": released(found)}
+        what = f"model folder {target}: " + ", ".join(f"{k} {v}" for k, v in told.items())
+        if found.tokenizer:
+            save_weights(found.tokenizer, target / TOKENIZER_FILE)
+            report.taken += [f"tokenizer.{k}" for k in found.tokenizer]
+    else:
+        if not as_file:
+            raise ValueError(f"{target}: {format} weights are a file: give .pth or .safetensors")
+        state = found.state
+        if format != "ours":
+            state, left = export(found.state, format, found.tokenizer)
+            report = Report(taken=[n for n in found.state if n not in left])
+            for name, why in left.items():
+                report.put("left_out", name, why)
+        write_file(state, target, format)
+        what = f"{format} weights {target}"
+    return f"{source}: {found.format} weights\n{report.table()}\nwritten: {what}"
+
+
+def build_model(found: Recognised, source: Path) -> BEVT | Classifier:
+    """Build the model whose tensors these are, whole. Raises ValueError where some are lacking."""
+    shape = architecture(found.state, found.tokens)
+    kind = Classifier if "num_classes" in shape else BEVT
+    try:
+        if not {"num_classes", "vocab_size"} & shape.keys() or found.format in ("swin", "timm"):
+            raise ValueError("an encoder without its heads")
+        model = kind(**shape, released=released(found))
+        load_strict(model, found.state, str(source))
+    except ValueError as error:
+        raise ValueError(
+            f"{source} is no whole model ({error}): write a file, OUT.safetensors, and start a "
+            "training from it with --run.init"
+        ) from None
+    return model
+
+
+def released(found: Recognised) -> bool:
+    """Tell whether the model needs the released quirks: its weights were trained with them."""
+    return found.format in ("bevt", "torchvision")
+
+
+def write_file(state: dict[str, torch.Tensor], target: Path, format: str) -> None:
+    """Write tensors as safetensors, or as the pickle that the other code reads."""
+    if target.suffix == ".safetensors":
+        save_weights(state, target)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    wrapper = {"bevt": "state_dict", "swin": "model"}.get(format)
+    plain = {k: v.contiguous() for k, v in state.items()}
+    torch.save({wrapper: plain} if wrapper else plain, target)
+
+
+if __name__ == "__main__":
+    open_door(main)

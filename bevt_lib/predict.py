@@ -1,0 +1,118 @@
+"""Use a trained model on a video: ``python -m bevt_lib.predict FOLDER VIDEO``.
+
+FOLDER is a model folder (``RUN/model``, or what convert_weights wrote) of a classifier, which names
+the classes, or of a pretraining model, which names the tokens of a hidden tube.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from bevt_lib import dist
+from bevt_lib.bevt import BEVT, Classifier, Tokenizer, add_tokens
+from bevt_lib.config import open_door
+from bevt_lib.datasets import Entry, LabelledClips, PretrainClips
+from bevt_lib.masking import mask_budget, mask_in_time
+from bevt_lib.metrics import score_views
+from bevt_lib.pretrain import STRIDE, hide_tubes, shipped_tokenizer
+from bevt_lib.terms import Views
+from bevt_lib.tokenizer import load_tokenizer
+from bevt_lib.weights import load_model
+
+TUBE = (0.5, 1.0)  # of the clip's time steps; released
+
+
+def main(arguments: list[str]) -> None:
+    """Read the command line and print what the model says."""
+    parser = argparse.ArgumentParser(prog="python -m bevt_lib.predict", exit_on_error=False)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a model folder")
+    parser.add_argument("video", type=Path, metavar="VIDEO", help="a video file")
+    parser.add_argument("--top", type=int, default=5, help="classes printed")
+    parser.add_argument("--tokens", type=Path, help="tokenizer file; default: the shipped one")
+    try:
+        given = parser.parse_args(arguments)
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from None
+    model = load_model(given.folder).to(dist.device())
+    if isinstance(model, Classifier):
+        for name, probability in classify(model, given.video)[: given.top]:
+            print(f"{probability:6.1%}  {name}")
+        return
+    tokenizer = load_tokenizer(given.tokens or shipped_tokenizer()).to(dist.device())
+    guess = name_hidden(model, tokenizer, given.video)
+    right = (guess.named == guess.ids)[guess.hidden]
+    print(f"{len(right)} of {guess.hidden.size} places hidden; {right.mean():.1%} named right")
+
+
+def needs_views(model: BEVT | Classifier) -> Views:
+    """Give how the model reads videos. Raises ValueError for a folder that doesn't say."""
+    if model.views is None:
+        raise ValueError(
+            "the model's config.json doesn't say how to read a video: add, with its training's "
+            'values, "views": {"frames": 32, "interval": 2, "size": 224, "short": [224, 224]}'
+        )
+    return model.views
+
+
+@torch.no_grad()
+def classify(model: Classifier, video: str | Path) -> list[tuple[str, float]]:
+    """Recognise a video: (class name, probability) of every class, likeliest first.
+
+    Reads it as ``model.views`` tells and averages the probabilities over the views. Raises
+    VideoError for a file that can't be decoded, ValueError for a model without views.
+    """
+    v = needs_views(model)
+    items = LabelledClips(
+        [Entry(Path(video), -1)], frames=v.frames, interval=v.interval, size=v.size,
+        short=(v.short[0], v.short[1]), seed=0, train=False, flip=False, sampling=v.sampling,
+    )  # fmt: skip
+    pixels = torch.from_numpy(items.views(0, v.clips, v.crops))[None]
+    model.eval()
+    shares = score_views(model, pixels.to(next(model.parameters()).device))[0].tolist()
+    return sorted(zip(model.classes, shares, strict=True), key=lambda pair: -pair[1])
+
+
+class Guess(NamedTuple):
+    """What a pretraining model makes of a hidden tube."""
+
+    sample: dict[str, np.ndarray]  # "pixels", "view" and "mask", as viz.prediction_rows takes them
+    hidden: np.ndarray  # bool (T, h, w)
+    ids: np.ndarray  # int64 (T, h, w): what the tokenizer says
+    named: np.ndarray  # int64 (T, h, w): what the model says
+
+
+@torch.no_grad()
+def name_hidden(model: BEVT, tokenizer: Tokenizer, video: str | Path, seed: int = 0) -> Guess:
+    """Hide a tube of a video and let a pretraining model name it; ``seed`` draws clip and tube.
+
+    Raises VideoError for a file that can't be decoded, ValueError for a model without views or
+    with another vocabulary than the tokenizer's.
+    """
+    v = needs_views(model)
+    if tokenizer.vocab_size != model.token_head.out_features:
+        raise ValueError(
+            f"the model names {model.token_head.out_features} tokens, the tokenizer has "
+            f"{tokenizer.vocab_size}: give the one it was trained with (--tokens)"
+        )
+    side = v.size // STRIDE
+    grid = (v.frames // model.frames_per_step["video"], side, side)
+    hide = partial(hide_tubes, grid=grid, target=mask_budget((side, side))[0], length=TUBE)
+    items = PretrainClips(
+        [Entry(Path(video), -1)], frames=v.frames, interval=v.interval, size=v.size,
+        short=(v.short[0], v.short[1]), view_size=side * tokenizer.factor, mask=hide, seed=seed,
+    )  # fmt: skip
+    sample = items.sample(0, 0)
+    device = next(model.parameters()).device
+    batch = {k: torch.from_numpy(value)[None].to(device) for k, value in sample.items()}
+    part = add_tokens({"video": batch}, tokenizer)["video"]
+    named = model.eval().predict("video", part["pixels"], part["mask"])[0]
+    hidden = mask_in_time(part["mask"], model.frames_per_step["video"])[0]
+    return Guess(sample, hidden.cpu().numpy(), part["ids"][0].cpu().numpy(), named.cpu().numpy())
+
+
+if __name__ == "__main__":
+    open_door(main)
