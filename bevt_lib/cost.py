@@ -5,6 +5,7 @@ seconds on one CPU core, whatever the size. G and T are 10^9 and 10^12, GB are 1
 """
 
 import math
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -135,8 +136,12 @@ def parameters(module: nn.Module) -> int:
 
 
 def write(lines: Mapping[str, str]) -> str:
-    """Write a plan's lines under each other, values in one column."""
-    return "\n".join(f"{key:17s} {value}" for key, value in lines.items())
+    """Write a plan's lines under each other, values in one column, wrapped."""
+    column = " " * 18
+    return "\n".join(
+        textwrap.fill(value, 96, initial_indent=f"{key:17s} ", subsequent_indent=column)
+        for key, value in lines.items()
+    )
 
 
 def hidden_places(target: int, steps: int, tube: tuple[float, float], frames_per_step: int) -> int:
