@@ -187,8 +187,8 @@ def export(
 ) -> tuple[State, dict[str, str]]:
     """Write our tensors under another code's names; also tell what is left out (our name: why).
 
-    Index buffers are written, too. A 2D format takes the image patch embedding, the stages with the
-    middle slice of their bias tables, norm and head; ``bevt`` also a ``tokenizer``'s encoder.
+    Index buffers are written, too. A 2D format takes what an image stream has of its parts, with
+    the middle slice of the bias tables; ``bevt`` also a ``tokenizer``'s encoder.
     Raises ValueError where the format's model needs a part that ``state`` lacks, or has no place
     for one it holds.
     """
@@ -197,12 +197,13 @@ def export(
         raise ValueError(f"{format} weights are an image encoder's; these have no image stream")
     if format == "torchvision" and "patch_embed.proj.weight" not in state:
         raise ValueError("torchvision weights are a classifier's; these are not")
+    kept = tuple(mine for mine, _ in NAMES[format])
     window = architecture(state)["window"]
     result: State = {}
     left: dict[str, str] = {}
     for name, value in state.items():
-        if flat and not name.startswith(("swin.", "patch_embed.image.", "norm.", "head.")):
-            left[name] = "not part of an image encoder"
+        if flat and not name.startswith(kept):
+            left[name] = f"{format} weights have no such part"
             continue
         shape = released_shape(name, tuple(value.shape))
         if flat and name.endswith("bias_table"):

@@ -370,6 +370,64 @@ def test_a_classifier_takes_the_encoder_and_leaves_the_rest():
         embedded), atol=1e-4)  # fmt: skip
 
 
+def test_a_video_swin_checkpoint_becomes_a_classifier_and_goes_back(tmp_path):
+    model = Classifier(num_classes=5, window=(4, 3, 3), released=True, **SMALL).eval()
+    randomise(model)
+    state, _ = export(model.state_dict(), "bevt")
+    torch.save({"state_dict": state, "meta": {"CLASSES": ("a", "b")}}, tmp_path / "video_swin.pth")
+    convert(tmp_path / "video_swin.pth", tmp_path / "model")
+    ours = load_model(tmp_path / "model")
+    assert isinstance(ours, Classifier) and ours.classes == tuple("01234")
+    pixels = torch.randn(1, 3, 6, 40, 32)
+    assert torch.equal(ours.logits(pixels), model.logits(pixels))
+    bare = {k.removeprefix("backbone."): v for k, v in state.items() if "cls_head" not in k}
+    report = start_classifier(ours, recognise(bare).state)  # an exported backbone, no prefix
+    assert sorted(report.fresh) == ["head.bias", "head.weight"] and not report.left_out
+
+
+def test_a_2d_repository_checkpoint_goes_through_timms_own_converter(tmp_path):
+    """Written under the repository's names and read by timm: our image path's features."""
+    ours = BEVT(vocab_size=4, streams=("image",), window=(2, 7, 7), **SMALL).eval()
+    randomise(ours)
+    save_weights(ours.state_dict(), tmp_path / "ours.safetensors")
+    table = convert(tmp_path / "ours.safetensors", tmp_path / "swin.pth", "swin")
+    written = torch.load(tmp_path / "swin.pth", weights_only=True)["model"]
+    assert "swin weights" in table and {"mask_token", "fpn.0.weight", "lm_down.bias"} <= set(
+        written
+    )
+    theirs = timm.create_model(
+        "swin_tiny_patch4_window7_224", pretrained=False, num_classes=0, embed_dim=16,
+        depths=(1, 1, 2, 1), num_heads=(1, 2, 2, 4),
+    ).eval()  # fmt: skip
+    plain = {k: v for k, v in written.items() if k.startswith(("patch_embed", "layers", "norm"))}
+    converted = timm.models.swin_transformer.checkpoint_filter_fn({"model": plain}, theirs)
+    theirs.load_state_dict(converted, strict=True)
+    picture = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        mine = ours.norm(ours.swin(ours.patch_embed["image"](picture[:, :, None]))[-1])[:, 0]
+        assert torch.allclose(mine, theirs.forward_features(picture), atol=2e-5)
+
+
+@pytest.mark.parametrize("wrapper", ["model", "module", "state_dict"])
+@pytest.mark.parametrize("prefix", ["", "encoder.", "backbone.", "module.encoder."])
+def test_an_image_stream_checkpoint_there_and_back(tmp_path, wrapper, prefix):
+    """However it is wrapped, an unreleased image stream's tensors come back bit by bit."""
+    config = {"embed_dim": 16, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 2, 4], "window2d": 7,
+              "extras": True, "scale": 0.05}  # fmt: skip
+    state = {k: v for k, v in swin2d(config).items() if "fc_norm" not in k}
+    state["layers.2.blocks.1.attn_mask"] = torch.zeros(4, 49, 49)
+    state["layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(49, 49).long()
+    torch.save({wrapper: {prefix + k: v for k, v in state.items()}, "epoch": 800},
+               tmp_path / "image.pth")  # fmt: skip
+    table = convert(tmp_path / "image.pth", tmp_path / "ours.safetensors")
+    assert table.count("rebuilt from the window") == 1
+    convert(tmp_path / "ours.safetensors", tmp_path / "back.pth", "swin")
+    back = torch.load(tmp_path / "back.pth", weights_only=True)["model"]
+    mine = {k for k in back if not k.endswith("index")}
+    assert mine == {k for k in state if not k.endswith(("index", "attn_mask"))}
+    assert all(torch.equal(back[k], state[k]) for k in mine)
+
+
 class Hostile:
     """Unpickled with trust it would run a command."""
 
