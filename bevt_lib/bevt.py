@@ -162,7 +162,7 @@ class BEVT(
                 "the clip's token grid"
             )
         logits, targets = self.token_head(x[hidden]), ids[hidden]
-        loss = F.cross_entropy(logits.float(), targets, reduction="sum")
+        loss = F.cross_entropy(_whole(logits), targets, reduction="sum")
         correct = (logits.argmax(dim=-1) == targets).sum()
         return Term(loss, len(targets), {"accuracy": correct})
 
@@ -186,26 +186,40 @@ class BEVT(
         }
 
 
-def add_tokens(
-    batch: Mapping[str, Mapping[str, Tensor]], tokenizer: Tokenizer
-) -> dict[str, dict[str, Tensor]]:
-    """Name every frame in the tokenizer's words and normalise the pixels; no gradient.
+def _whole(x: Tensor) -> Tensor:
+    """Bring half precision to float32; float32 and float64 stay."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
-    Takes {stream: {"pixels": uint8 (B, T, H, W, 3), "view": uint8 (B, T, v, v, 3), ...}} and adds
-    "ids" int64 (B, T, h, w); "pixels" become normalised floats (B, 3, T, H, W). The frames of all
-    streams go through the tokenizer together, each on its own, as released.
+
+def add_tokens(
+    batch: Mapping[str, Mapping[str, Tensor]],
+    tokenizer: Tokenizer,
+    *,
+    hidden_only: bool = False,
+    fp16: bool = False,
+) -> dict[str, dict[str, Tensor]]:
+    """Name the frames in the tokenizer's words and normalise the pixels; no gradient.
+
+    Takes {stream: {"pixels": uint8 (B, T, H, W, 3), "view": uint8 (B, T, v, v, 3), "mask": bool
+    (B, D, h, w), ...}} and adds "ids" int64 (B, T, h, w); "pixels" become normalised floats
+    (B, 3, T, H, W). The frames of all streams go through the tokenizer together, each on its own,
+    as released. ``hidden_only`` names only frames that hold a hidden place, all that the loss
+    asks for; the others' ids are -1. ``fp16`` names in half precision on CUDA: some ids change.
     """
-    views = {stream: part["view"].flatten(0, 1) for stream, part in batch.items()}
-    ids = tokenizer.encode(torch.cat(list(views.values())))
-    by_stream = dict(zip(views, ids.split([len(v) for v in views.values()]), strict=True))
-    return {
-        stream: {
-            **part,
-            "pixels": normalise(part["pixels"]),
-            "ids": by_stream[stream].unflatten(0, part["view"].shape[:2]),
-        }
-        for stream, part in batch.items()
-    }
+    named = {}
+    for stream, part in batch.items():
+        hidden = part["mask"].flatten(2).any(dim=2) | (not hidden_only)  # (B, D)
+        named[stream] = mask_in_time(hidden, part["view"].shape[1] // hidden.shape[1])
+    views = torch.cat([part["view"][named[stream]] for stream, part in batch.items()])
+    with torch.autocast("cuda", torch.float16, enabled=fp16 and views.is_cuda):
+        found = tokenizer.encode(views)
+    counts = [int(frames.sum()) for frames in named.values()]
+    result = {}
+    for (stream, part), ids in zip(batch.items(), found.split(counts), strict=True):
+        grid = ids.new_full((*named[stream].shape, *ids.shape[1:]), -1)
+        grid[named[stream]] = ids
+        result[stream] = {**part, "pixels": normalise(part["pixels"]), "ids": grid}
+    return result
 
 
 class Classifier(
@@ -278,9 +292,9 @@ class Classifier(
     ) -> dict[str, Term]:
         """Give the classification loss for {"clip": {"pixels", "label": int64 (B,)}}."""
         part = batch["clip"]
-        logits = self.logits(part["pixels"], None if noise is None else noise["clip"]).float()
+        logits = self.logits(part["pixels"], None if noise is None else noise["clip"])
         loss = F.cross_entropy(
-            logits, part["label"], reduction="sum", label_smoothing=self.smoothing
+            _whole(logits), part["label"], reduction="sum", label_smoothing=self.smoothing
         )
         correct = (logits.argmax(dim=-1) == part["label"]).sum()
         return {"clip": Term(loss, len(logits), {"accuracy": correct})}

@@ -4,10 +4,12 @@
     RUN/metrics.jsonl                one line per step
     RUN/checkpoints/step_00000100/   model.safetensors  optimizer.safetensors  state.json
                                      and ema.safetensors where the run averages its weights
+    RUN/best/                        model.safetensors  state.json: the best of the validations
 
 model.safetensors holds the weights that training goes on from, ema.safetensors their average,
-under the same names. A checkpoint is written into a hidden folder, synced and renamed; it
-counts only while the SHA-256 sums in its state.json hold. Any number of processes resumes it.
+under the same names; best/ holds the average where there is one. A folder is written under a
+hidden name, synced and renamed; it counts only while the SHA-256 sums in its state.json hold. Any
+number of processes resumes it.
 """
 
 import hashlib
@@ -15,74 +17,128 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from bevt_lib.files import sha256
 
 State = dict[str, Tensor]
 
 
 def save(
-    run: Path, step: int, model: nn.Module, optimizer: Optimizer, average: State, keep: int
+    run: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: Optimizer,
+    average: State,
+    keep: int,
+    **more: Any,
 ) -> Path:
     """Write the checkpoint of a finished step and delete all but the last ``keep``.
 
-    ``average`` is the weight average; empty: the run keeps none. Call on one process only; all
-    hold the same. Returns the checkpoint's folder.
+    ``average`` is the weight average; empty: the run keeps none. ``more`` goes into state.json.
+    Call on one process only; all hold the same. Returns the checkpoint's folder. Raises ValueError
+    in one line where it can't be written; what was there before is still there then.
     """
     folder = run / "checkpoints" / f"step_{step:08d}"
-    part = folder.with_name(f".part_{folder.name}")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
     contents = {"model": model.state_dict(), "optimizer": optimizer_tensors(optimizer)}
     if average:
         contents["ema"] = average
-    sums = {}
-    for stem, tensors in contents.items():
-        path = part / f"{stem}.safetensors"
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path)
-        _sync(path)
-        sums[path.name] = _sha256(path)
-    state = {"step": step, "sha256": sums}
-    (part / "state.json").write_text(json.dumps(state, indent=1))
-    _sync(part / "state.json")
-    _sync(part)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(part, folder)
-    _sync(folder.parent)
-    for old in sorted(folder.parent.glob("step_*"))[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    write(folder, contents, {"step": step, **more})
+    others = [f for f in sorted(folder.parent.glob("step_*")) if f != folder]
+    before = [f for f in others if f < folder]
+    kept = before[max(0, len(before) - keep + 1) :]
+    for old in (f for f in others if f not in kept):  # later ones were passed by as damaged
+        hidden = old.with_name(f".old_{old.name}")
+        with suppress(OSError):
+            os.rename(old, hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
     return folder
 
 
+def write(folder: Path, contents: Mapping[str, State], state: Mapping[str, Any]) -> None:
+    """Write {file stem: tensors} and state.json as a folder that is there whole or not at all.
+
+    Raises ValueError in one line where it can't be written, as on a full disk.
+    """
+    part, old = (folder.with_name(f".{word}_{folder.name}") for word in ("part", "old"))
+    try:
+        for left in [*folder.parent.glob(".part_*"), *folder.parent.glob(".old_*")]:
+            shutil.rmtree(left, ignore_errors=True)  # of a killed process
+        part.mkdir(parents=True)
+        sums = {}
+        for stem, tensors in contents.items():
+            path = part / f"{stem}.safetensors"
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path)
+            _sync(path)
+            sums[path.name] = sha256(path)
+        whole = {**state, "sha256": sums}
+        whole["self"] = _own_sum(whole)
+        (part / "state.json").write_text(json.dumps(whole, indent=1))
+        _sync(part / "state.json")
+        _sync(part)
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(part, folder)
+        _sync(folder.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise ValueError(
+            f"can't write {folder} ({getattr(error, 'strerror', None) or error}): make room; the "
+            "same command then continues from the last checkpoint"
+        ) from None
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def holds(folder: Path) -> bool:
+    """Tell whether a folder is still as :func:`write` left it."""
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        sums = state["sha256"]
+        own = state.pop("self", None)  # older checkpoints have none
+        whole = own in (None, _own_sum(state)) and "model.safetensors" in sums
+        return whole and all(sha256(folder / name) == total for name, total in sums.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
 def latest(run: Path) -> Path | None:
-    """Find the newest checkpoint of a run whose sums hold; a damaged one is named and passed by."""
-    for folder in sorted((run / "checkpoints").glob("step_*"), reverse=True):
-        try:
-            state = json.loads((folder / "state.json").read_text())
-            if all(_sha256(folder / name) == sha for name, sha in state["sha256"].items()):
-                return folder
-        except (OSError, ValueError, KeyError):
-            pass
+    """Find the newest checkpoint of a run whose sums hold; a damaged one is named and passed by.
+
+    None: the run has saved nothing yet. Raises ValueError where all are damaged.
+    """
+    folders = sorted((run / "checkpoints").glob("step_*"), reverse=True)
+    for folder in folders:
+        if holds(folder):
+            return folder
         print(f"{folder.name} is damaged (its sums don't hold): passed by", file=sys.stderr)
+    if folders:
+        raise ValueError(
+            f"every checkpoint in {run} is damaged ({', '.join(f.name for f in folders)}): bring "
+            "one back from a copy, or remove the folder to start again"
+        )
     return None
 
 
-def load(folder: Path, model: nn.Module, optimizer: Optimizer, average: State) -> int:
-    """Load a checkpoint into model, optimizer and, unless empty, average; return its step."""
+def load(folder: Path, model: nn.Module, optimizer: Optimizer, average: State) -> dict[str, Any]:
+    """Load a checkpoint into model, optimizer and, unless empty, average; return its state.json."""
     model.load_state_dict(load_file(folder / "model.safetensors"))
     tensors = load_file(folder / "optimizer.safetensors")
     for name, parameter in _named_parameters(optimizer):
-        optimizer.state[parameter] = {
-            key: tensors[f"{name}/{key}"].to(parameter.device if key != "step" else "cpu")
-            for key in ("step", "exp_avg", "exp_avg_sq")
-        }
+        if f"{name}/step" in tensors:  # not before a parameter's first update
+            moments = {k: tensors[f"{name}/{k}"].to(parameter) for k in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": tensors[f"{name}/step"], **moments}
     if average:
         for name, value in load_file(folder / "ema.safetensors").items():
             average[name].copy_(value)
-    return json.loads((folder / "state.json").read_text())["step"]
+    return json.loads((folder / "state.json").read_text())
 
 
 def optimizer_tensors(optimizer: Optimizer) -> State:
@@ -99,9 +155,9 @@ def _named_parameters(optimizer: Optimizer):
         yield from zip(group["names"], group["params"], strict=True)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _own_sum(state: Mapping[str, Any]) -> str:
+    """Sum up what state.json says beside this sum itself."""
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _sync(path: Path) -> None:

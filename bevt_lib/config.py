@@ -39,21 +39,35 @@ class Data:
     size: int = 224  # side of the crop, pixels
     short: tuple[int, int] = (256, 320)  # the short side is resized to a random integer in here
     jitter: float = 0.0  # colour jitter of images
-    video_list: str = ""
+    video_list: str = ""  # `path label` a line, or the official list of a set: see lists.py
     video_root: str = ""
     image_root: str = ""
+    image_list: str = ""  # `path label` a line under image_root; empty: all of its class folders
     val_list: str = ""
+    class_list: str = ""  # labels.json of Something-Something, or class names in order
+    checked: tuple[str, ...] = ()  # reports of check_data: what they call bad is left out
+    bad_share: float = 0.01  # stop where more of the items seen had to be replaced
+    timeout: float = 60.0  # seconds after which reading a file is given up; 0: never
     workers: int = 1  # loader processes per stream and process
     expected_items: int = 0  # size of the first stream's data set, for the plan of a run
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.bad_share <= 1 or self.timeout < 0:
+            raise ValueError("bad_share is a share of the items, 0 to 1, timeout 0 or more seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """The frozen tokenizer that names the targets."""
+    """The frozen tokenizer that names the targets.
 
-    weights: str = ""  # safetensors file; empty: the shipped lesson tokenizer
+    A run takes ``vocab_size`` and ``factor`` from the file that ``weights`` names. Here they stand
+    for plans without that file, and for a tokenizer that is to be trained.
+    """
+
+    weights: str = ""  # file, or folder of OpenAI's two; empty: the shipped lesson tokenizer
     vocab_size: int = 8192
     factor: int = 8  # pixels of the tokenizer's view per token
+    fp16: bool = False  # half precision on CUDA, as in DALL-E's own code; changes some ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +97,8 @@ class Optim:
     warmup_start: float = 0.1  # share of the regular rate at step 0
     restarts: tuple[tuple[int, float], ...] = ()  # further cosines: (extra steps, share of lr)
     cosine: bool = True  # False: constant after warm-up
+    cosine_steps: int = 0  # length of the cosine, then its last rate is held; 0: the whole run
+    last_share: float = 0.0  # share of lr at which the cosine ends
     stairs: bool = False  # True: the cosine moves per epoch, not per step
     clip_norm: float = 0.0  # L2 norm of all gradients; 0: no clipping
     rules: tuple[tuple[str, float, float], ...] = ()  # (name part, lr factor, decay factor)
@@ -97,9 +113,12 @@ class Optim:
             raise ValueError("optim.clips and optim.images are both 0: there is nothing to train")
 
 
+PRECISIONS = ("auto", "bf16", "fp16", "fp32", "fp64")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """How this machine runs a recipe. Only the seed changes what is computed."""
+    """How this machine runs a recipe. Only the seed changes what is computed, but for rounding."""
 
     folder: str = ""  # empty: runs/<preset>
     seed: int = 0
@@ -110,9 +129,19 @@ class Run:
     micro_batch: int = 0  # items of the first stream per forward and process; 0: as many as fit
     threads: int = 0  # torch threads of a CPU process; 0: PyTorch's choice
     test_clips: int = 0  # clips tested after fine-tuning; 0: all
-    deterministic: bool = False
+    precision: str = "auto"  # bf16 | fp16 | fp32 | fp64; auto: see update.choose_precision
+    checkpoint_activations: bool = False  # less memory for about a third more work, the same bits
+    compile: bool = False  # torch.compile of the blocks: minutes at the start, equal to rounding
+    deterministic: bool = False  # the same bits in every run on CUDA, slower: be_deterministic
     dry_run: bool = False  # print the plan and stop
     processes: int = 0  # processes to plan for in a dry run; 0: those of this world
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            known = ", ".join(PRECISIONS)
+            raise ValueError(f"run.precision is one of {known}, got {self.precision!r}")
+        if self.save_every < 1 or self.keep < 1:
+            raise ValueError("run.save_every and run.keep are 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +176,8 @@ class Finetune:
     flip: bool = True  # never for motions: left would become right
     test_clips: int = 4  # views of a test clip in time
     test_crops: int = 3  # and in space
+    views_at_once: int = 32  # views in one forward pass of a test, to bound memory
+    val_epochs: float = 0.0  # epochs between two validations, by one view of each clip; 0: none
     crop: str = "random_resized"  # or "random" (of the resized frame), for training
     sampling: str = "dense"  # or "uniform": one frame of each of data.frames segments, no interval
     rand_augment: tuple[int, int] = (0, 0)  # in training: operations, magnitude (0 to 30)
@@ -161,11 +192,13 @@ class Finetune:
             raise ValueError("rand_augment is OPERATIONS,MAGNITUDE with a magnitude of 0 to 30")
         if not 0 <= self.erasing <= 1:
             raise ValueError(f"erasing is a share of the clips, 0 to 1, got {self.erasing}")
+        if self.views_at_once < 1 or self.val_epochs < 0:
+            raise ValueError("views_at_once is 1 or more, val_epochs 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTokenizer:
-    """A dVAE by the Gumbel-softmax relaxation."""
+    """A dVAE by the Gumbel-softmax relaxation. Empty ``data.image_root``: the embedded pictures."""
 
     name: str
     data: Data
@@ -174,12 +207,38 @@ class TrainTokenizer:
     hidden: int = 256  # DALL-E's n_hid
     blocks: int = 2  # DALL-E's n_blk_per_group
     temperature: tuple[float, float] = (1.0, 0.0625)  # start and end
+    temperature_steps: int = 0  # from start to end; 0: four fifths of optim.steps
     kl_weight: tuple[float, float] = (0.0, 6.6)  # start and end
+    kl_steps: int = 0  # from start to end; 0: four fifths of optim.steps
     balance_weight: float = 0.0  # of using all words alike; not in DALL-E
+    quick_start: bool = True  # ours, for short runs: k-means words, branches at full size
+    view: int = 0  # side of the tokenizer's view, pixels; 0: as BEVT shows it a crop of data.size
+    watch_every: int = 500  # steps between two looks at held-out pictures; 0: at the end only
     run: Run = field(default_factory=Run)
 
 
-Recipe = Pretrain | Finetune | TrainTokenizer
+@dataclass(frozen=True, kw_only=True)
+class TrainPeco:
+    """A VQ-VAE with a perceptual loss. Empty ``data.image_root``: the embedded pictures."""
+
+    name: str
+    data: Data
+    tokens: Tokens
+    optim: Optim
+    hidden: int = 128
+    blocks: int = 2  # residual blocks at each resolution
+    code_dim: int = 256
+    perceptual: str = "tf_efficientnet_lite0"  # a timm model with features_only, or none
+    perceptual_weights: str = ""  # its file; empty: of the two that come with weights
+    perceptual_levels: tuple[int, ...] = ()  # timm's out_indices; empty: the model's own
+    perceptual_side: int = 0  # pictures are resized to this for it; 0: as the tokenizer sees them
+    perceptual_weight: float = 1.0
+    view: int = 0  # side of the tokenizer's view, pixels; 0: as BEVT shows it a crop of data.size
+    watch_every: int = 500  # steps between two looks at held-out pictures; 0: at the end only
+    run: Run = field(default_factory=Run)
+
+
+Recipe = Pretrain | Finetune | TrainTokenizer | TrainPeco
 
 
 def flatten(recipe: Any, prefix: str = "") -> dict[str, Any]:
@@ -274,20 +333,36 @@ def choose(presets: dict[str, Callable[[], Any]], arguments: Sequence[str], comm
     return override(recipe, rest)
 
 
+# RuntimeErrors whose cause a user can mend: what they hold, and the cure.
+MENDABLE = {
+    "DataLoader worker": "often for lack of memory: fewer --data.workers; the same command "
+                         "continues from the last checkpoint",
+    "OutOfMemoryError": "a smaller --run.micro-batch, or --run.checkpoint-activations",
+    "deterministic implementation": "train without --run.deterministic",
+}  # fmt: skip
+
+
 def open_door(main: Callable[[list[str]], None]) -> None:
     """Run a command: an error its user can mend ends in one line on stderr and exit status 2.
 
     ``BEVT_TRACEBACK=1`` shows the traceback as well.
     """
+    said, status = "", 2
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
-        print("interrupted: the same command continues from the last checkpoint", file=sys.stderr)
-        raise SystemExit(130) from None
+        said, status = "interrupted: the same command continues from the last checkpoint", 130
     except (ValueError, OSError) as error:
         if os.environ.get("BEVT_TRACEBACK"):
             raise
         # A loader process wraps its error in a traceback: the last line is the error itself.
         line = str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)
-        print("error:", re.sub(r"^[\w.]*Error: ", "", line), file=sys.stderr)
-        raise SystemExit(2) from None
+        said = "error: " + re.sub(r"^[\w.]*Error: ", "", line)
+    except RuntimeError as error:
+        cure = next((cure for mark, cure in MENDABLE.items() if mark in repr(error)), "")
+        if not cure or os.environ.get("BEVT_TRACEBACK"):
+            raise
+        said = f"error: {str(error).splitlines()[0]} ({cure})"
+    if said:  # here the error is forgotten, and with it the threads that its frames kept alive
+        print(said, file=sys.stderr)
+        raise SystemExit(status)

@@ -23,7 +23,8 @@ from bevt_lib.bevt import BEVT, IMAGE_FRAMES, Classifier
 from bevt_lib.config import Finetune, Pretrain
 from bevt_lib.engine import Split
 from bevt_lib.optim import total_steps
-from bevt_lib.tokenizer import DalleTokenizer
+from bevt_lib.tokenizer import FrozenTokenizer
+from bevt_lib.update import checkpoint_blocks
 
 GPU, GPU_PEAK = "A100", 312e12  # bf16 or fp16 operations per second, dense; NVIDIA's data sheet
 # Share of the peak in training Swin-B. Others measured 0.08 on images (A100, 282 a second:
@@ -154,18 +155,26 @@ def hidden_places(target: int, steps: int, tube: tuple[float, float], frames_per
     return round(target * (shortest + longest) / 2 * frames_per_step)
 
 
-def token_item(recipe: Pretrain, model: BEVT, tokenizer: DalleTokenizer, stream: str) -> Item:
+def token_item(recipe: Pretrain, model: BEVT, tokenizer: FrozenTokenizer, stream: str) -> Item:
     """Measure one item of a pretraining stream; ``model`` and ``tokenizer`` lie on meta."""
     per_step, side = model.frames_per_step[stream], recipe.data.size
     shape = (3, recipe.data.frames if stream == "video" else IMAGE_FRAMES, side, side)
     _, frames, high, wide, dim = model.features(stream, empty(1, *shape)).shape
     places = frames * high * wide
     tube = recipe.masking.tube if stream == "video" else (1.0, 1.0)
-    hidden = hidden_places(recipe.masking.target((high, wide)), frames // per_step, tube, per_step)
-    view = (frames, high * tokenizer.factor, wide * tokenizer.factor, 3)
+    hidden, named = (
+        hidden_places(target, frames // per_step, tube, per_step)
+        for target in (recipe.masking.target((high, wide)), 1)  # 1: frames that hold any
+    )
+    view = (high * tokenizer.factor, wide * tokenizer.factor, 3)
     body = count(model.features, stream, empty(1, *shape)).total
     head = count(model.token_head, empty(1, dim)).total  # at one place
-    naming = count(tokenizer.logits, empty(*view, dtype=torch.uint8)).total
+    naming = count(tokenizer.encode, empty(1, *view, dtype=torch.uint8)).total  # one frame
+
+    rest = "" if named == frames else (
+        f" on about {named} frames that hold one ({amount(frames * naming)} on all {frames}, as "
+        "released)"
+    )  # fmt: skip
 
     def loss(items: int) -> Tensor:
         noise = empty(items, model.noise_sizes[stream])
@@ -177,8 +186,9 @@ def token_item(recipe: Pretrain, model: BEVT, tokenizer: DalleTokenizer, stream:
     return Item(
         text=f"{amount(body)} backbone and decoder + {amount(hidden * head)} token head on about "
              f"{hidden:,} hidden places ({amount(places * head)} on all {places:,}, as released) + "
-             f"{amount(naming)} tokenizer",
-        student=body + hidden * head, tokenizer=naming, places=places, hidden=hidden, loss=loss,
+             f"{amount(named * naming)} tokenizer{rest}",
+        student=body + hidden * head, tokenizer=named * naming, places=named * high * wide,
+        hidden=hidden, loss=loss,
         patches=math.prod(model.patch_embed[stream](empty(1, *shape)).shape[1:4]),
     )  # fmt: skip
 
@@ -209,7 +219,8 @@ def memory(
 ) -> dict[str, int]:
     """Estimate the bytes a GPU needs, by what they are for.
 
-    Not counted: the work space of single operations and the gaps between tensors. On CPU, at a
+    Not counted: the work space of single operations, the gaps between tensors and, with
+    ``run.checkpoint_activations``, what one block keeps when it is computed again. On CPU, at a
     quarter of Swin-B's width, the peak of a forward and backward pass was 0.1 % above what the
     forward pass keeps; we measured on no GPU.
     """
@@ -218,6 +229,7 @@ def memory(
         state["DDP's buckets"] = 1  # the gradients again, on their way between GPUs
     if recipe.optim.ema:
         state["average"] = 1
+    checkpoint_blocks(model, recipe.run.checkpoint_activations)
     with Bf16():
         kept = kept_bytes(model, lambda: [items[s].loss(n) for s, n in split.micro.items()])
     return {
@@ -237,7 +249,7 @@ def describe(
     model: nn.Module,
     batches: Mapping[str, int],
     items: Mapping[str, Item],
-    tokenizer: DalleTokenizer | None = None,
+    tokenizer: FrozenTokenizer | None = None,
 ) -> dict[str, str]:
     """Describe a run by one line a fact: how it is cut, how long it is, what it costs.
 
@@ -255,7 +267,8 @@ def describe(
     )
     held = memory(recipe, model, items, split, tokenizer)
     parts = " + ".join(f"{amount(n)}B {what}" for what, n in held.items())
-    hours = gpu_hours(steps * PASSES * student, steps * frozen)
+    passes = PASSES + recipe.run.checkpoint_activations
+    hours = gpu_hours(steps * passes * student, steps * frozen)
     lines = {
         "preset": recipe.name,
         "parameters": f"{parameters(model):,} trained",
@@ -264,7 +277,7 @@ def describe(
         "steps": f"{steps:,}{epochs if expected else ''}",
         "tokens a step": f"{patches:,} patches in",
         **{f"one {s}": f"multiply-adds forward: {item.text}" for s, item in items.items()},
-        "one step": f"multiply-adds: {PASSES} x {amount(student)} student (ASSUMED: backward is "
+        "one step": f"multiply-adds: {passes} x {amount(student)} student (ASSUMED: backward is "
                     "twice forward)",
         "memory a GPU": f"{amount(sum(held.values()))}B = {parts}; work space not counted",
         "GPU-hours": f"{hours:,.1f} on {GPU}s, {hours / processes:,.1f} h on {processes} of them; "
@@ -277,5 +290,7 @@ def describe(
         lines["tokens a step"] += f", {places:,} ids named, about {hidden:,} of them hidden"
         lines["one step"] += f" + 1 x {amount(frozen)} frozen tokenizer"
         lines["GPU-hours"] += f", tokenizer at {TOKENIZER_SHARE:.0%}"
+        if isinstance(recipe, Pretrain) and not recipe.tokens.fp16:
+            lines["GPU-hours"] += " (with --tokens.fp16)"
     lines["GPU-hours"] += ", no waiting for data"
     return lines

@@ -1,32 +1,35 @@
-"""Lists of clips and pictures, and the samples made from them.
+"""Samples made from lists of clips and pictures, and the order in which training sees them.
 
 A data set is a picklable object with ``sample(epoch, index)``: a dict of arrays that depends on
 (seed, stream, epoch, index) and on nothing else, so that neither worker, process nor resume shows.
 """
 
-import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from functools import partial
 from random import Random
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from bevt_lib import augment
+from bevt_lib.lists import PICTURES, Entries, Entry
 from bevt_lib.seeds import Purpose, Stream, numpy_generator, python_generator
-from bevt_lib.video import Video, read_image, sample_frames, test_frames, uniform_frames
+from bevt_lib.video import (
+    BadFile,
+    read_frames,
+    read_image,
+    sample_frames,
+    test_frames,
+    uniform_frames,
+    within,
+)
 
-PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+REPLACEMENTS = 4  # items tried in place of one whose file is bad
 Sample = dict[str, Any]
 MakeMask = Callable[[Random], np.ndarray]
-
-
-class Entry(NamedTuple):
-    """One line of a list."""
-
-    path: Path
-    label: int
+ChooseFrames = Callable[[int], np.ndarray]  # from how many there are
 
 
 class Items(Protocol):
@@ -37,70 +40,12 @@ class Items(Protocol):
     def sample(self, epoch: int, index: int) -> Sample: ...
 
 
-def read_list(
-    path: Path, root: Path, *, num_classes: int | None = None, labelled: bool = True
-) -> list[Entry]:
-    """Read a Kinetics-style list: one ``path label`` a line, paths relative to ``root``.
-
-    A path may hold spaces: the label is the last word. With ``labelled=False`` a line may be a bare
-    path (label -1). Raises ValueError naming file, line and fix for a missing or empty list, a
-    malformed line, or a label outside 0 .. num_classes - 1.
-    """
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a text file"
-        raise ValueError(f"{path}: can't read this list ({reason}); give another") from None
-    entries = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        name, label = line.strip(), -1
-        words = name.rsplit(maxsplit=1)
-        if len(words) == 2 and words[1].removeprefix("-").isdecimal():
-            name, label = words[0], int(words[1])
-        elif labelled:
-            raise ValueError(
-                f"{path}, line {number}: {name[:60]!r} is not `path label`: write the video's "
-                "path, a space and the class number"
-            )
-        if labelled and not 0 <= label < (num_classes or math.inf):
-            known = f"0..{num_classes - 1}" if num_classes else "0, 1, 2, ..."
-            raise ValueError(
-                f"{path}, line {number}: label {label} is out of range {known}: correct the list "
-                "or set --num-classes"
-            )
-        entries.append(Entry(Path(root) / name, label))
-    if not entries:
-        raise ValueError(f"{path}: the list is empty: write one `path label` a line")
-    return entries
-
-
-def read_image_folder(root: Path) -> list[Entry]:
-    """List pictures in the ImageNet layout root/<class>/<picture>, sorted.
-
-    Raises ValueError where the folder is missing or holds no picture.
-    """
-    root = Path(root)
-    folders = root.iterdir() if root.is_dir() else []
-    classes = sorted(p for p in folders if p.is_dir() and not p.name.startswith("."))
-    entries = [
-        Entry(picture, label)
-        for label, folder in enumerate(classes)
-        for picture in sorted(folder.iterdir())
-        if picture.suffix.lower() in PICTURES
-    ]
-    if not entries:
-        raise ValueError(f"{root}: no pictures found: lay them out as {root}/<class>/<name>.jpg")
-    return entries
-
-
 class PretrainClips:
     """Unlabelled clips: both views of one crop, and which tokens are hidden.
 
     ``sample`` gives "pixels" uint8 (T, size, size, 3), "view" uint8 (T, view_size, view_size, 3)
-    and "mask" bool (D, h, w), True = hidden. Raises VideoError for a file that can't be decoded.
+    and "mask" bool (D, h, w), True = hidden. Raises BadFile for a file that can't be read within
+    ``timeout`` seconds (0: any time).
     """
 
     stream = Stream.VIDEO
@@ -117,25 +62,29 @@ class PretrainClips:
         mask: MakeMask,
         seed: int,
         jitter: float = 0.0,
+        timeout: float = 0.0,
     ):
-        self.entries = list(entries)
+        self.entries: Sequence[Entry] = Entries(entries)
         self.frames, self.interval = frames, interval
         self.size, self.short, self.view_size = size, short, view_size
-        self.mask, self.seed, self.jitter = mask, seed, jitter
+        self.mask, self.seed, self.jitter, self.timeout = mask, seed, jitter, timeout
 
     def __len__(self) -> int:
         return len(self.entries)
 
-    def read(self, path: Path, key: tuple[int, ...]) -> np.ndarray:
+    def choose(self, epoch: int, index: int) -> ChooseFrames:
+        """Make the function that chooses a sample's frames."""
+        rng = numpy_generator(self.seed, Purpose.FRAMES, self.stream, epoch, index)
+        return partial(sample_frames, length=self.frames, interval=self.interval, rng=rng)
+
+    def read(self, epoch: int, index: int) -> np.ndarray:
         """Decode the frames of one sample."""
-        video = Video(path)
-        rng = numpy_generator(self.seed, Purpose.FRAMES, *key)
-        return video.frames(sample_frames(len(video), self.frames, self.interval, rng))
+        return read_frames(self.entries[index].path, self.choose(epoch, index), self.timeout)
 
     def sample(self, epoch: int, index: int) -> Sample:
         key = (self.stream, epoch, index)
         pixels, view = augment.pretraining_views(
-            self.read(self.entries[index].path, key), self.size, self.view_size, self.short,
+            self.read(epoch, index), self.size, self.view_size, self.short,
             numpy_generator(self.seed, Purpose.CROP, *key), jitter=self.jitter,
         )  # fmt: skip
         mask = self.mask(python_generator(self.seed, Purpose.MASK, *key))
@@ -150,8 +99,9 @@ class PretrainImages(PretrainClips):
     def __init__(self, entries: Sequence[Entry], **settings: Any):
         super().__init__(entries, frames=1, interval=1, **settings)
 
-    def read(self, path: Path, key: tuple[int, ...]) -> np.ndarray:
-        return read_image(path)
+    def read(self, epoch: int, index: int) -> np.ndarray:
+        path = self.entries[index].path
+        return within(self.timeout, partial(read_image, path), path)
 
 
 class Pictures:
@@ -170,7 +120,7 @@ class Pictures:
         view_size: int,
         seed: int,
     ):
-        self.entries = list(entries)
+        self.entries: Sequence[Entry] = Entries(entries)
         self.size, self.short, self.view_size, self.seed = size, short, view_size, seed
 
     def __len__(self) -> int:
@@ -179,7 +129,7 @@ class Pictures:
     def sample(self, epoch: int, index: int) -> Sample:
         path, frame = self.entries[index]
         is_picture = path.suffix.lower() in PICTURES
-        frames = read_image(path) if is_picture else Video(path).frames([frame])
+        frames = read_image(path) if is_picture else read_frames(path, lambda n: [frame])
         rng = numpy_generator(self.seed, Purpose.CROP, Stream.IMAGE, epoch, index)
         _, view = augment.pretraining_views(frames, self.size, self.view_size, self.short, rng)
         return {"view": view[0]}
@@ -192,8 +142,8 @@ class LabelledClips:
     segments of the video). In training the short side is resized to a random integer in ``short``
     and the crop is "random_resized" (released) or "random"; a flip in every second clip if
     ``flip``; RandAugment of (operations, magnitude); a box erased in a share ``erasing`` of the
-    clips. Otherwise the centre of the middle clip. Raises VideoError for a file that can't be
-    decoded.
+    clips. Otherwise the centre of the middle clip. Raises BadFile for a file that can't be read
+    within ``timeout`` seconds (0: any time).
     """
 
     def __init__(
@@ -211,15 +161,17 @@ class LabelledClips:
         sampling: str = "dense",
         rand_augment: tuple[int, int] = (0, 0),
         erasing: float = 0.0,
+        timeout: float = 0.0,
     ):
         if crop not in ("random_resized", "random"):
             raise ValueError(f"crop must be random_resized or random, got {crop!r}")
         if sampling not in ("dense", "uniform"):
             raise ValueError(f"sampling must be dense or uniform, got {sampling!r}")
-        self.entries = list(entries)
+        self.entries: Sequence[Entry] = Entries(entries)
         self.frames, self.interval, self.size, self.short = frames, interval, size, short
         self.seed, self.train, self.flip, self.crop = seed, train, flip, crop
         self.sampling, self.rand_augment, self.erasing = sampling, rand_augment, erasing
+        self.timeout = timeout
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -228,18 +180,19 @@ class LabelledClips:
         """Give a clip's class number."""
         return self.entries[index].label
 
+    def choose(self, epoch: int, index: int) -> ChooseFrames:
+        """Make the function that chooses a training sample's frames."""
+        rng = numpy_generator(self.seed, Purpose.FRAMES, Stream.VIDEO, epoch, index)
+        if self.sampling == "uniform":
+            return partial(uniform_frames, length=self.frames, rng=rng)
+        return partial(sample_frames, length=self.frames, interval=self.interval, rng=rng)
+
     def sample(self, epoch: int, index: int) -> Sample:
         if not self.train:
             return {"pixels": self.views(index, 1, 1)[0], "label": self.label(index)}
-        key = (Stream.VIDEO, epoch, index)
-        video = Video(self.entries[index].path)
-        rng = numpy_generator(self.seed, Purpose.FRAMES, *key)
-        if self.sampling == "uniform":
-            chosen = uniform_frames(len(video), self.frames, rng)
-        else:
-            chosen = sample_frames(len(video), self.frames, self.interval, rng)
-        frames = video.frames(chosen)
-        rng = numpy_generator(self.seed, Purpose.CROP, *key)
+        path = self.entries[index].path
+        frames = read_frames(path, self.choose(epoch, index), self.timeout)
+        rng = numpy_generator(self.seed, Purpose.CROP, Stream.VIDEO, epoch, index)
         frames = augment.resize_short(frames, int(rng.integers(*self.short, endpoint=True)))
         if self.crop == "random":
             frames = augment.random_crop(frames, self.size, rng)
@@ -263,12 +216,13 @@ class LabelledClips:
             raise ValueError(f"test crops must be 1 or 3, got {num_crops}")
         if self.sampling == "uniform" and num_clips != 1:
             raise ValueError(f"uniform sampling has 1 test clip, not {num_clips}: --test-clips 1")
-        video = Video(self.entries[index].path)
-        if self.sampling == "uniform":
-            chosen = uniform_frames(len(video), self.frames)
-        else:
-            chosen = test_frames(len(video), self.frames, self.interval, num_clips)
-        frames = video.frames(chosen.reshape(-1))
+
+        def choose(total: int) -> np.ndarray:
+            if self.sampling == "uniform":
+                return uniform_frames(total, self.frames)
+            return test_frames(total, self.frames, self.interval, num_clips).reshape(-1)
+
+        frames = read_frames(self.entries[index].path, choose, self.timeout)
         short = self.size if num_crops == 3 else round(sum(self.short) / 2)
         frames = augment.resize_short(frames, short)
         cut = augment.three_crops if num_crops == 3 else _only_centre
@@ -286,7 +240,8 @@ class Positions(Dataset):
     """An endless stream over a data set, addressed by position since the start of training.
 
     Position p is item ``p % n`` of epoch ``p // n``'s keyed permutation: batches may cross epochs,
-    and each epoch shows every item once. A sample also holds its "position".
+    and each epoch shows every item once. A sample also holds its "position" and whether it was
+    "replaced" (1; else 0) because its file is bad.
     """
 
     def __init__(self, items: Items, *, seed: int, stream: Stream, workers: int = 0):
@@ -305,7 +260,27 @@ class Positions(Dataset):
         return epoch, int(self._order[1][place])
 
     def __getitem__(self, position: int) -> Sample:
-        return {**self.items.sample(*self.index_at(position)), "position": position}
+        """Give the sample at a position, or in place of a bad file's another one.
+
+        Which one is keyed by position and attempt, so that it depends on neither process, worker
+        nor resume. One line on stderr names both. Raises the file's error after REPLACEMENTS.
+        """
+        epoch, index = self.index_at(position)
+        attempt = 0
+        while True:
+            try:
+                sample = self.items.sample(epoch, index)
+                return {**sample, "position": position, "replaced": int(attempt > 0)}
+            except BadFile as error:
+                if attempt == REPLACEMENTS or len(self.items) == 1:
+                    raise
+                key = (self.stream, position, attempt)
+                rng = numpy_generator(self.seed, Purpose.REPLACE, *key)
+                index = (index + int(rng.integers(1, len(self.items)))) % len(self.items)
+                attempt += 1
+                entries = getattr(self.items, "entries", None)
+                other = entries[index].path if entries else f"item {index}"
+                sys.stderr.write(f"bad file: {error}; instead of it: {other}\n")
 
 
 def step_batches(

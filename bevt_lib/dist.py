@@ -1,17 +1,31 @@
 """torchrun's world in a handful of functions; without torchrun it is a world of one.
 
-Source: PyTorch's torchrun environment variables. gloo on CPU, NCCL on CUDA.
+On one machine ``torchrun --nproc-per-node 8 -m bevt_lib.pretrain ...``. On several, the same
+command on each, which meet at the first (HEAD, any free port):
+
+    torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HEAD:29500 \\
+        --rdzv-id RUN --max-restarts 3 -m bevt_lib.pretrain ...
+
+Nodes may have different numbers of processes; all need the run folder on a common disk. With
+``--max-restarts`` the processes start again by themselves after a worker is killed, from the last
+checkpoint; on several nodes this needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's
+environment (PyTorch issue 135712). SIGTERM to torchrun or to any worker saves and ends all;
+torchrun gives its workers 30 s for it, or what ``--shutdown-timeout`` says. Source: PyTorch's
+torchrun environment variables. gloo on CPU, NCCL on CUDA.
 """
 
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -38,7 +52,15 @@ def world() -> Iterator[None]:
     if mine:
         if device().type == "cuda":
             torch.cuda.set_device(device())
-        torch_dist.init_process_group("nccl" if device().type == "cuda" else "gloo")
+        store, place, size = next(torch_dist.rendezvous("env://"))
+        # torchrun's store outlives a restart with the addresses of dead workers in it (PyTorch
+        # issue 135712). Its agents on several nodes don't count restarts alike: see above.
+        one_node = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
+        torch_dist.init_process_group(
+            "nccl" if device().type == "cuda" else "gloo",
+            store=torch_dist.PrefixStore(f"start_{start}", store), rank=place, world_size=size,
+        )  # fmt: skip
     try:
         yield
     finally:
@@ -68,9 +90,24 @@ def wait_for_all() -> None:
         torch_dist.barrier()
 
 
+def by_first(work: Callable[[], T]) -> T:
+    """Let rank 0 do work; all processes get its result, or raise its ValueError or OSError."""
+    found: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            found[0] = work()
+        except (ValueError, OSError) as error:
+            found[1] = error
+    if torch_dist.is_initialized():
+        torch_dist.broadcast_object_list(found)
+    if found[1] is not None:
+        raise found.pop()  # the frame that the error holds must not hold the error
+    return found[0]
+
+
 def first_alone(work: Callable[[], object], *, needed: bool = True) -> None:
-    """Let rank 0 do work whose result all processes then find on disk."""
-    if needed and rank() == 0:
+    """Let the first process of each node do work whose result all of them then find on disk."""
+    if needed and int(os.environ.get("LOCAL_RANK", 0)) == 0:
         work()
     wait_for_all()
 

@@ -2,9 +2,10 @@
 
 Source: Ramesh et al. 2021 (DALL-E), section 2.1 and appendix A: temperature from 1 to 1/16, KL
 weight rising to 6.6, the whole divided by the number of sub-pixels. The lesson's schedule lengths
-are ours.
+are ours; ``presets.paper_dvae`` has the paper's.
 """
 
+import copy
 import math
 from collections.abc import Mapping
 
@@ -15,8 +16,8 @@ from dall_e.encoder import EncoderBlock
 from einops import rearrange
 from torch import Tensor, nn
 
+from bevt_lib.dalle import FACTOR, DalleTokenizer, build, expected_pixels
 from bevt_lib.terms import Term
-from bevt_lib.tokenizer import FACTOR, build, expected_pixels
 
 SUBPIXELS_PER_CELL = FACTOR * FACTOR * 3
 PAINT_SCALE = 100.0  # brings squared errors of pixels in 0..1 to the size of the other losses
@@ -32,13 +33,22 @@ class DVAE(nn.Module):
     the uniform one, the part of the KL that keeps all words in use, apart from the part that blurs
     each cell. Our aid for short runs: without it a tenth of the words were used. The average is
     taken per micro-batch, so here alone the number of processes changes the objective a little.
+    With ``full_branches`` residual branches start at full size, see :func:`undo_gain`.
     """
 
-    def __init__(self, hidden: int, blocks: int, vocab_size: int, grid: tuple[int, int]):
+    def __init__(
+        self,
+        hidden: int,
+        blocks: int,
+        vocab_size: int,
+        grid: tuple[int, int],
+        full_branches: bool = True,
+    ):
         super().__init__()
         self.encoder, self.decoder = build(hidden, blocks, vocab_size)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        undo_gain(self)
+        if full_branches:
+            undo_gain(self)
         self.vocab_size = vocab_size
         self.noise_sizes = {"picture": vocab_size * grid[0] * grid[1]}
 
@@ -60,6 +70,10 @@ class DVAE(nn.Module):
         scale = gap / (scores.max(1).values - scores.median(1).values).median()
         output.conv.w.copy_((codes * scale)[:, :, None, None])
         output.conv.b.copy_(-scale * (codes @ centre + codes.square().sum(1) / 2))
+
+    def tokenizer(self) -> DalleTokenizer:
+        """Copy the frozen tokenizer out of the model in training."""
+        return DalleTokenizer(copy.deepcopy(self.encoder), copy.deepcopy(self.decoder))
 
     def counts(self, batch: Mapping[str, Mapping[str, Tensor]]) -> list[int]:
         """Count the pictures."""
@@ -155,9 +169,9 @@ def kl_to_uniform(logits: Tensor) -> Tensor:
     return (log_p.exp() * log_p).sum(dim=1) + math.log(logits.shape[1])
 
 
-def anneal(step: int, steps: int, start: float, end: float, share: float = 0.8) -> float:
-    """Move from ``start`` to ``end`` along a half cosine over the first ``share`` of the steps."""
-    done = min(1.0, step / max(1.0, share * steps))
+def anneal(step: int, steps: float, start: float, end: float) -> float:
+    """Move from ``start`` to ``end`` along a half cosine over the first ``steps``, and stay."""
+    done = min(1.0, step / max(1.0, steps))
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * done))
 
 
@@ -179,11 +193,16 @@ def cells_of(pictures: Tensor) -> Tensor:
     return rearrange(pictures.float(), "n (h y) (w x) c -> (n h w) (y x c)", y=FACTOR, x=FACTOR)
 
 
-def nearest_code(pictures: Tensor, codes: Tensor) -> Tensor:
-    """Paint every 8x8 cell by the nearest of given codes (K, 192): uint8 like ``pictures``."""
+def name_cells(pictures: Tensor, codes: Tensor) -> Tensor:
+    """Name every 8x8 cell by the nearest of given codes (K, 192): int64 (N, h / 8, w / 8)."""
     cells = cells_of(pictures)
     chosen = torch.cat([torch.cdist(part, codes).argmin(1) for part in cells.split(4096)])
-    return _join(codes[chosen], pictures.shape)
+    return chosen.view(-1, pictures.shape[1] // FACTOR, pictures.shape[2] // FACTOR)
+
+
+def nearest_code(pictures: Tensor, codes: Tensor) -> Tensor:
+    """Paint every 8x8 cell by the nearest of given codes (K, 192): uint8 like ``pictures``."""
+    return _join(codes[name_cells(pictures, codes).flatten()], pictures.shape)
 
 
 def mean_colours(pictures: Tensor) -> Tensor:

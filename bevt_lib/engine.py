@@ -1,45 +1,35 @@
 """The one training loop: image stream, joint pretraining, fine-tuning and the tokenizer.
 
 Step is the only state: learning rate, epoch, sample order and noise are functions of it, so that a
-run resumed from a checkpoint, on any number of processes, does what it would have done.
+run resumed from a checkpoint, on any number of processes, does what it would have done. One step
+of it is in :mod:`bevt_lib.update`, its folder and screen in :mod:`bevt_lib.record`.
 """
 
 import contextlib
-import json
 import math
 import os
-import signal
-import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
-from bevt_lib import checkpoint, dist
+from bevt_lib import checkpoint, dist, record
 from bevt_lib.augment import one_thread
 from bevt_lib.config import Optim, Run
-from bevt_lib.datasets import Positions, step_batches
-from bevt_lib.optim import learning_rate, parameter_groups, start_average, update_average
-from bevt_lib.seeds import Stream, uniform_noise
+from bevt_lib.datasets import step_batches
+from bevt_lib.optim import learning_rate, start_average, update_average
+from bevt_lib.record import Entry
+from bevt_lib.update import Batch, Source, Trainable, Update
 
-Batch = dict[str, dict[str, Any]]
-Trainable = Any  # an nn.Module with forward(batch, noise), counts(batch) and noise_sizes
-NOISE_STREAM = {"video": Stream.VIDEO, "image": Stream.IMAGE}
 TIMINGS = ("items_per_s", "data_wait")  # in the record, but not part of the result
-
-
-@dataclass(frozen=True)
-class Source:
-    """One stream of a run: where its items come from and how many one step takes in all."""
-
-    items: Positions
-    batch: int  # global
+FEW = 10  # replaced items that stop no run, whatever their share
 
 
 @dataclass(frozen=True)
@@ -80,10 +70,17 @@ def split_batch(batches: Mapping[str, int], processes: int, micro_batch: int) ->
 
 
 def be_deterministic(switch: bool) -> None:
-    """Ask PyTorch for deterministic kernels, at some cost in speed on CUDA."""
+    """Ask for the same bits in every run on the same CUDA machine, or stop asking.
+
+    Call before anything is computed. Sets deterministic kernels (PyTorch raises RuntimeError that
+    names one that has no such form), cuDNN without search for the fastest, and cuBLAS's fixed work
+    space. Cost: slower gradients of indexing (the bias tables) and convolutions, and memory filled
+    before use; how much on a GPU we have not measured. CPU runs repeat to the bit without it.
+    """
     if switch:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = switch
     torch.use_deterministic_algorithms(switch)
 
 
@@ -100,124 +97,202 @@ def fit(
     *,
     steps: int,
     prepare: Callable[[Batch, int], Batch],
+    after_step: Callable[[int], Mapping[str, float]] = lambda step: {},
     config: Mapping[str, Any] | None = None,
     rename: Callable[[str], str] = lambda name: name,
-) -> list[dict[str, float]]:
+    validate: Callable[[int], dict[str, float]] | None = None,
+    validate_every: int = 0,
+    best_by: str = "",
+    bad_share: float = 0.01,
+) -> list[Entry]:
     """Train ``model`` for ``steps`` optimiser steps and return the record, one dict per step.
 
     ``model(batch, noise)`` gives {stream: Term}; the loss is the sum over streams of the mean over
     the *global* batch. ``model.counts(batch)`` says how many items each stream holds, and
     ``model.noise_sizes`` how many uniforms per sample it wants. ``prepare(batch, step)`` runs on
-    the device without gradient: pixels to floats, token ids. With ``run.folder`` the run is saved
-    there and a run found there is resumed; ``config`` is compared with the one found. With
-    ``optim.ema`` the model ends with the weight average in the weights' place, also where the run
-    stops early or was finished before; checkpoints hold both. Raises ValueError for another
-    configuration there and for a loss that is not finite.
+    the device without gradient: pixels to floats, token ids. ``after_step(step)`` runs on every
+    process after the weights' update; its numbers go into the record.
+
+    With ``run.folder`` the run is saved there and a run found there is resumed; ``config`` is
+    compared with the one found. With ``optim.ema`` the model ends with the weight average in the
+    weights' place, also where the run stops early or was finished before; checkpoints hold both.
+
+    ``validate(done)`` scores the model after ``done`` steps: on all processes, in eval mode, on the
+    average if there is one, every ``validate_every`` steps and after the last. Its numbers go into
+    the record as "val/...". Of the one named by ``best_by`` the weights with the highest value are
+    kept in RUN/best.
+
+    A record shorter than min(steps, run.stop_after or steps) is that of a run that was asked to
+    stop (SIGTERM): it is saved, and its process should end soon. Raises ValueError for another
+    configuration in the folder, for numbers that aren't finite, where nothing can be saved, and
+    where more than ``bad_share`` of a stream's items so far had to be replaced.
     """
-    device = dist.device()
     split = split_batch({s: source.batch for s, source in sources.items()},
                         dist.world_size(), run.micro_batch)  # fmt: skip
-    model.to(device).train()
-    groups = parameter_groups(model, optim, rename)
-    optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas)
-    folder = Path(run.folder) if run.folder else None
+    update = Update.start(model, sources, optim, run, prepare, rename)
     average = start_average(model) if optim.ema else {}
-    start = _resume(folder, model, optimizer, average, config or {})
-    stop = min(steps, run.stop_after or steps)
-    history = _read_metrics(folder, start)
-    if start >= stop:
-        model.load_state_dict(model.state_dict() | average)
-        return history
-    wrapped = dist.replicate(model)
-    items = len(next(iter(sources.values())).items)
-    loaders = {s: iter(_loader(source, split, s, start, stop)) for s, source in sources.items()}
-    bar = tqdm(total=stop, initial=start, unit="step", disable=dist.rank() > 0, mininterval=1)
-    with _record(folder, history) as write, _asked_to_stop() as asked, bar:
-        for step in range(start, stop):
+    folder = Path(run.folder) if run.folder else None
+    with contextlib.ExitStack() as stack:
+        start, history = _resume(stack, folder, update, average, config or {})
+        stop = min(steps, run.stop_after or steps)
+        items = len(next(iter(sources.values())).items)
+        replaced = Counter({s: sum(e.get(f"{s}/replaced", 0) for e in history) for s in sources})
+
+        def due(done: int) -> bool:
+            every = bool(validate_every) and done % validate_every == 0
+            return validate is not None and done > 0 and (done == steps or every)
+
+        def score(done: int) -> Entry:
+            assert validate is not None
+            return _validated(model, average, folder, history, validate, best_by, done)
+
+        if history and due(start) and not any(k.startswith("val/") for k in history[-1]):
+            history[-1] |= score(start)  # the run ended between a checkpoint and its validation
+        metrics = record.Metrics(folder, history)
+        dist.by_first(metrics.open)
+        stack.callback(metrics.close)
+        asked = stack.enter_context(record.asked_to_stop())
+        title = f"steps {start} to {stop} in {split}; {update.precision}"
+        show = stack.enter_context(record.progress(title, start, stop))
+        for step, micros, waited in _batches(sources, split, start, stop):
             began = time.perf_counter()
-            micros = [
-                _to_device({s: next(loader) for s, loader in loaders.items()}, device)
-                for _ in range(split.accumulation)
-            ]
-            waited = time.perf_counter() - began
+            also = {"asked": float(asked())} | _replacements(micros)
             rate = learning_rate(optim, step, items)
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group["factor"]
-            entry = _step(wrapped, model, micros, optimizer, optim, run, step, prepare)
+            entry = {"step": step, "lr": rate, **update.step(micros, step, rate, also)}
+            entry |= after_step(step)
             if average:
                 update_average(average, model, optim.ema)
-            seconds = time.perf_counter() - began
-            entry = {"step": step, "lr": rate, **entry}
+            seconds = time.perf_counter() - began + waited
             entry["items_per_s"] = sum(s.batch for s in sources.values()) / seconds
             entry["data_wait"] = waited / seconds
-            write(entry)
-            bar.set_postfix(loss=f"{entry['loss']:.3f}", lr=f"{rate:.1e}", refresh=False)
-            bar.update()
-            done = step + 1
-            stopping = asked(device)
-            if folder and (done == stop or stopping or done % run.save_every == 0):
-                if dist.rank() == 0:
-                    checkpoint.save(folder, done, model, optimizer, average, run.keep)
-                dist.wait_for_all()
+            stopping, done = entry.pop("asked") > 0, step + 1
+            replaced.update({s: entry.get(f"{s}/replaced", 0) for s in sources})
+            _stand_replacements(replaced, sources, done, bad_share)
+            if folder and (done == stop or stopping or due(done) or done % run.save_every == 0):
+                dist.by_first(partial(_save, folder, metrics, update, average, done, entry))
+            if due(done) and not stopping:
+                entry |= score(done)
+            metrics.write(entry)
+            show(entry)
             if stopping:
                 break
+        model.load_state_dict(model.state_dict() | average)
+        dist.by_first(metrics.settle)
+    return metrics.history
+
+
+def _resume(
+    stack: contextlib.ExitStack,
+    folder: Path | None,
+    update: Update,
+    average: checkpoint.State,
+    config: Mapping[str, Any],
+) -> tuple[int, list[Entry]]:
+    """Enter the run's folder and load its latest checkpoint, if any: (steps done, record)."""
+    if folder is None:
+        return 0, []
+
+    def enter() -> tuple[Path | None, list[Entry]]:
+        record.claim(folder, config)
+        stack.enter_context(record.alone_in(folder))
+        return checkpoint.latest(folder), record.read_metrics(folder)
+
+    found, history = dist.by_first(enter)
+    if found is None:
+        return 0, []
+    state = checkpoint.load(found, update.model, update.optimizer, average)
+    if update.scaler.is_enabled() and state.get("scaler"):
+        update.scaler.load_state_dict(state["scaler"])
+    start = state["step"]
+    history = [entry for entry in history if entry["step"] < start]
+    if "entry" in state and (not history or history[-1]["step"] < start - 1):
+        history.append(state["entry"])  # saved before its line was written
+    return start, history
+
+
+def _save(
+    folder: Path,
+    metrics: record.Metrics,
+    update: Update,
+    average: checkpoint.State,
+    done: int,
+    entry: Entry,
+) -> None:
+    """Save after ``done`` steps, the lines before the last one's ``entry`` first."""
+    metrics.settle()
+    checkpoint.save(folder, done, update.model, update.optimizer, average, update.run.keep,
+                    scaler=update.scaler.state_dict(), entry=entry)  # fmt: skip
+
+
+def _validated(
+    model: nn.Module,
+    average: checkpoint.State,
+    folder: Path | None,
+    history: list[Entry],
+    validate: Callable[[int], dict[str, float]],
+    best_by: str,
+    done: int,
+) -> Entry:
+    """Score the model, or its average, keep it if it is the best, and leave it as it was."""
+    weights = {k: v.clone() for k, v in model.state_dict().items() if k in average}
     model.load_state_dict(model.state_dict() | average)
-    return history
-
-
-def _step(
-    wrapped: nn.Module,
-    model: Trainable,
-    micros: list[Batch],
-    optimizer: torch.optim.Optimizer,
-    optim: Optim,
-    run: Run,
-    step: int,
-    prepare: Callable[[Batch, int], Batch],
-) -> dict[str, float]:
-    """Make one optimiser step from its micro-batches; return its losses and gradient norm."""
-    device = next(model.parameters()).device
+    model.eval()
     with torch.no_grad():
-        micros = [prepare(batch, step) for batch in micros]
-    streams = list(micros[0])
-    counts = torch.tensor([model.counts(b) for b in micros], dtype=torch.float64, device=device)
-    counts = dist.sum_over_processes(counts.sum(0)).clamp(min=1)
-    sums: dict[str, Tensor] = {}
-    optimizer.zero_grad(set_to_none=True)
-    for number, batch in enumerate(micros):
-        noise = _noise(model, batch, run.seed, step, device)
-        local = number < len(micros) - 1
-        with dist.gradients_stay_local(wrapped, local):
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                terms = wrapped(batch, noise)
-            means = [terms[s].loss / n for s, n in zip(streams, counts.tolist(), strict=True)]
-            # DDP averages gradients over processes; the division by the global count is in place.
-            (sum(means) * dist.world_size()).backward()
-        for stream, n in zip(streams, counts.tolist(), strict=True):
-            for key, value in {"loss": terms[stream].loss.detach(), **terms[stream].logs}.items():
-                name = f"{stream}/{key}"
-                sums[name] = sums.get(name, torch.zeros((), device=device)) + value / n
-    values = dist.sum_over_processes(torch.stack([v.float() for v in sums.values()])).tolist()
-    entry = dict(zip(sums, values, strict=True))
-    loss = sum(v for k, v in entry.items() if k.endswith("/loss"))
-    if not math.isfinite(loss):
-        positions = {s: part["position"].tolist() for s, part in micros[0].items()}
-        raise ValueError(f"the loss is {loss} at step {step}, before its update; items {positions}")
-    norm = nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm or math.inf)
-    optimizer.step()
-    return {"loss": loss, **entry, "grad_norm": float(norm)}
+        mine = validate(done)
+    model.train()
+    scores = {f"val/{k}": float(v) for k, v in dist.by_first(lambda: mine).items()}
+
+    def keep() -> None:
+        assert folder is not None
+        name = f"val/{best_by}"
+        best = max((e.get(name, -math.inf) for e in history), default=-math.inf)
+        if scores[name] > best or not checkpoint.holds(folder / "best"):
+            told = {"step": done, best_by: scores[name]}
+            checkpoint.write(folder / "best", {"model": model.state_dict()}, told)
+
+    if folder and best_by:
+        dist.by_first(keep)
+    model.load_state_dict(model.state_dict() | weights)
+    return scores
 
 
-def _noise(
-    model: Trainable, batch: Batch, seed: int, step: int, device: torch.device
-) -> dict[str, Tensor]:
-    """Draw each sample's uniforms, keyed by (seed, stream, step, its place in the data order)."""
+def _replacements(micros: list[Batch]) -> dict[str, float]:
+    """Count the items of this process's batches that stand for a bad file."""
     return {
-        s: uniform_noise(
-            seed, part["position"].tolist(), model.noise_sizes[s], NOISE_STREAM.get(s, 2), step
-        ).to(device)
-        for s, part in batch.items()
+        f"{stream}/replaced": float(sum(int(batch[stream]["replaced"].sum()) for batch in micros))
+        for stream, part in micros[0].items()
+        if "replaced" in part
     }
+
+
+def _stand_replacements(
+    replaced: Mapping[str, float], sources: Mapping[str, Source], done: int, bad_share: float
+) -> None:
+    for stream, source in sources.items():
+        bad, seen = replaced[stream], done * source.batch
+        if bad >= FEW and bad > bad_share * seen:
+            raise ValueError(
+                f"{bad:.0f} of the {seen} items of the {stream} stream had bad files, more than "
+                f"{bad_share:.2%}: look at them with python -m bevt_lib.check_data, or allow more "
+                "with --data.bad-share"
+            )
+
+
+def _batches(
+    sources: Mapping[str, Source], split: Split, start: int, stop: int
+) -> Iterator[tuple[int, list[Batch], float]]:
+    """Give (step, this process's micro-batches on its device, seconds waited for them)."""
+    if start >= stop:
+        return
+    device = dist.device()
+    loaders = {s: iter(_loader(source, split, s, start, stop)) for s, source in sources.items()}
+    for step in range(start, stop):
+        began = time.perf_counter()
+        micros = [
+            _to_device({s: next(loader) for s, loader in loaders.items()}, device)
+            for _ in range(split.accumulation)
+        ]
+        yield step, micros, time.perf_counter() - began
 
 
 def _loader(source: Source, split: Split, stream: str, start: int, stop: int) -> DataLoader:
@@ -233,101 +308,8 @@ def _loader(source: Source, split: Split, stream: str, start: int, stop: int) ->
 
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:
+    host = ("position", "replaced")
     return {
-        s: {k: v.to(device, non_blocking=True) if k != "position" else v for k, v in part.items()}
+        s: {k: v.to(device, non_blocking=True) if k not in host else v for k, v in part.items()}
         for s, part in batch.items()
     }
-
-
-def _resume(
-    folder: Path | None,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    average: checkpoint.State,
-    config: Mapping,
-) -> int:
-    """Load the latest checkpoint of the run, if any; return the step to go on from."""
-    if folder is None:
-        return 0
-    written = folder / "config.json"
-    mine = json.loads(json.dumps(dict(config)))
-    if written.exists():
-        found = json.loads(written.read_text())
-        other = [k for k in {**mine, **found} if _matters(k) and mine.get(k) != found.get(k)]
-        if other:
-            detail = "; ".join(f"{k}: {found.get(k)} there, {mine.get(k)} here" for k in other)
-            raise ValueError(
-                f"{folder} holds a run of another configuration ({detail}): choose another "
-                "--run.folder or remove it"
-            )
-    elif dist.rank() == 0:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            written.write_text(json.dumps(mine, indent=1))
-        except OSError as error:
-            raise ValueError(
-                f"can't write to the run folder {folder} ({error.strerror}): choose another "
-                "with --run.folder"
-            ) from None
-    dist.wait_for_all()
-    found = checkpoint.latest(folder)
-    return checkpoint.load(found, model, optimizer, average) if found else 0
-
-
-def _matters(key: str) -> bool:
-    """Tell whether a field changes what is computed: paths, workers and the run's own don't."""
-    machine = ("data.video_list", "data.video_root", "data.image_root", "data.val_list",
-               "data.workers", "tokens.weights", "default_init")  # fmt: skip
-    return key == "run.seed" or not (key.startswith("run.") or key in machine)
-
-
-def _read_metrics(folder: Path | None, start: int) -> list[dict[str, float]]:
-    """Read the record of the steps before ``start``; what came after is forgotten."""
-    path = folder / "metrics.jsonl" if folder else None
-    if path is None or not path.exists():
-        return []
-    lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-    return [entry for entry in lines if entry["step"] < start]
-
-
-@contextlib.contextmanager
-def _record(folder: Path | None, history: list[dict[str, float]]) -> Iterator[Callable]:
-    """Give a function that appends to the history and, on rank 0, to metrics.jsonl."""
-    if folder is None or dist.rank() > 0:
-        yield history.append
-        return
-    path = folder / "metrics.jsonl"
-    part = folder / ".metrics.part"
-    part.write_text("".join(json.dumps(entry) + "\n" for entry in history))
-    os.replace(part, path)
-    with path.open("a") as file:
-
-        def write(entry: dict[str, float]) -> None:
-            history.append(entry)
-            file.write(json.dumps(entry) + "\n")
-            file.flush()
-
-        yield write
-
-
-@contextlib.contextmanager
-def _asked_to_stop() -> Iterator[Callable[[torch.device], bool]]:
-    """Watch for SIGTERM; the function given tells whether any process was asked to stop."""
-    seen = [0.0]
-
-    def note(number: int, frame: Any) -> None:
-        seen[0] = 1.0
-        print("asked to stop: saving after this step", file=sys.stderr)
-
-    def asked(device: torch.device) -> bool:
-        return bool(dist.sum_over_processes(torch.tensor(seen, device=device)).item())
-
-    try:
-        before = signal.signal(signal.SIGTERM, note)
-    except ValueError:  # not in the main thread: nobody can ask
-        yield asked
-        return
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -1,6 +1,19 @@
-"""Fine-tune: ``python -m bevt_lib.finetune PRESET --overrides``, also under torchrun."""
+"""Fine-tune: ``python -m bevt_lib.finetune PRESET --overrides``, also under torchrun.
 
+    RUN/model/             the last weights as a model folder
+    RUN/best_model/        those of the best validation, where the recipe validates (val_epochs)
+    RUN/scores_test.jsonl  what the last says of each test video, and scores_best_test.jsonl
+
+Both are tested with all views once training is done (released: --validate --test-best --test-last);
+after --run.stop-after only if --run.test-clips says on how many clips, after SIGTERM not at all.
+"""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -8,15 +21,16 @@ from bevt_lib import cost, dist, engine, synthetic
 from bevt_lib.augment import normalise
 from bevt_lib.bevt import Classifier
 from bevt_lib.config import Finetune, choose, flatten, open_door
-from bevt_lib.datasets import LabelledClips, Positions, read_list
+from bevt_lib.datasets import LabelledClips, Positions
 from bevt_lib.engine import Batch, Source
 from bevt_lib.formats import released_name
-from bevt_lib.metrics import ClassScore, score_classes
+from bevt_lib.lists import leave_out_bad, read_entries, read_list
+from bevt_lib.metrics import ClassScore, Scores, score_classes, score_videos
 from bevt_lib.optim import total_steps
 from bevt_lib.presets import FINETUNE
 from bevt_lib.seeds import Purpose, Stream, seeded_globals
 from bevt_lib.terms import Views
-from bevt_lib.weights import read_weights, start_classifier
+from bevt_lib.weights import load_strict, read_weights, start_classifier
 
 CLASSES = {"what": synthetic.KINDS, "how": synthetic.MOTIONS}  # elsewhere, the lists' numbers
 
@@ -28,12 +42,35 @@ def main(arguments: list[str]) -> None:
         print(plan(recipe))
         return
     with dist.world():
-        model, _ = train(recipe)
+        model, history, steps = train_of(recipe)
+        finish(recipe, model, len(history), steps)
+
+
+def finish(recipe: Finetune, model: Classifier, done: int, steps: int) -> None:
+    """Write and test the last model and the best; see the module's docstring.
+
+    The run has made ``done`` of its ``steps``. Leaves the best weights in ``model``.
+    """
+    run, folder = recipe.run, Path(run_folder(recipe))
+    wanted = min(steps, run.stop_after or steps)
+    tested = done >= wanted and (wanted == steps or run.test_clips > 0)
+    for which in ("", "best_"):
+        if which and not (folder / "best").is_dir():
+            break
+        if which:
+            load_strict(model, read_weights(folder / "best"), str(folder / "best"))
+        result: ClassScore | str = f"not tested at step {done} of {steps}"
         if dist.rank() == 0:
-            model.save_pretrained(Path(run_folder(recipe)) / "model")
-        result = score(recipe, model, count=recipe.run.test_clips)
+            model.save_pretrained(folder / f"{which}model")
+        if tested:
+            result = score(
+                recipe, model, count=run.test_clips, clips=recipe.test_clips,
+                crops=recipe.test_crops, file=folder / f"scores_{which}test.jsonl",
+            )  # fmt: skip
         if dist.rank() == 0:
-            print(f"{recipe.task}: {result}; model in {run_folder(recipe)}/model")
+            step = json.loads((folder / "best" / "state.json").read_text())["step"] if which else 0
+            name = f"{recipe.task}, best in validation (step {step})" if which else recipe.task
+            print(f"{name}: {result}; model in {folder}/{which}model")
 
 
 def run_folder(recipe: Finetune) -> str:
@@ -104,12 +141,16 @@ def build_items(recipe: Finetune, split: str = "train") -> LabelledClips:
         )
     own = {"train": d.video_list}.get(split, d.val_list)
     if own:
-        entries = read_list(Path(own), Path(d.video_root or "."), num_classes=recipe.num_classes)
+        root = Path(d.video_root or ".")
+        entries = read_entries(
+            Path(own), root, num_classes=recipe.num_classes, class_list=d.class_list
+        )
+        entries = leave_out_bad(entries, d.checked, root)
     else:
         if recipe.task not in ("what", "how"):
             raise ValueError(
                 f"{recipe.name} needs {'--data.video-list' if train else '--data.val-list'} FILE "
-                "with one `path label` a line"
+                "with one `path label` a line, or the set's official list"
             )
         folder = synthetic.render()
         entries = read_list(
@@ -119,6 +160,7 @@ def build_items(recipe: Finetune, split: str = "train") -> LabelledClips:
         entries, frames=d.frames, interval=d.interval, size=d.size, short=d.short,
         seed=recipe.run.seed, train=train, flip=recipe.flip, crop=recipe.crop,
         sampling=recipe.sampling, rand_augment=recipe.rand_augment, erasing=recipe.erasing,
+        timeout=d.timeout,
     )  # fmt: skip
 
 
@@ -133,6 +175,11 @@ def train(recipe: Finetune) -> tuple[Classifier, list[dict[str, float]]]:
 
     With ``optim.ema`` the model holds the weight average, as the released evaluation does.
     """
+    return train_of(recipe)[:2]
+
+
+def train_of(recipe: Finetune) -> tuple[Classifier, list[dict[str, float]], int]:
+    """Do :func:`train`, and also give the steps of the whole run."""
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
     engine.be_deterministic(recipe.run.deterministic)
@@ -143,22 +190,87 @@ def train(recipe: Finetune) -> tuple[Classifier, list[dict[str, float]]]:
         print(report)
     items = Positions(build_items(recipe), seed=recipe.run.seed, stream=Stream.VIDEO,
                       workers=recipe.data.workers)  # fmt: skip
+    steps = total_steps(recipe.optim, len(items))
+    validated: dict[str, Any] = {}
+    if recipe.val_epochs:
+        every = round(recipe.val_epochs * len(items) / recipe.optim.clips)
+        validated = {"validate": validation(recipe, model), "validate_every": max(1, every),
+                     "best_by": "top1"}  # fmt: skip
     history = engine.fit(
         model, {"clip": Source(items, recipe.optim.clips)}, recipe.optim,
         engine.in_folder(recipe.run, run_folder(recipe)),
-        steps=total_steps(recipe.optim, len(items)), prepare=prepare,
-        config=flatten(recipe), rename=released_name,
+        steps=steps, prepare=prepare, config=flatten(recipe), rename=released_name,
+        bad_share=recipe.data.bad_share, **validated,
     )  # fmt: skip
-    return model, history
+    return model, history, steps
+
+
+def validation(recipe: Finetune, model: Classifier) -> Callable[[int], dict[str, float]]:
+    """Make the function that scores the model in training: the centre of each validation clip.
+
+    Clips that can't be read are left out, and their number stands in the record.
+    """
+    items = build_items(recipe, "val")
+
+    def validate(step: int) -> dict[str, float]:
+        result = score_classes(model, items, recipe.num_classes, at_once=recipe.views_at_once,
+                               workers=recipe.data.workers)  # fmt: skip
+        numbers = {"top1": result.top1, "top5": result.top5, "mean_class": result.mean_class}
+        return numbers | ({"unread": len(result.unread)} if result.unread else {})
+
+    return validate
 
 
 def score(
-    recipe: Finetune, model: Classifier, split: str = "test", count: int = 0, **views: int
+    recipe: Finetune,
+    model: Classifier,
+    split: str = "test",
+    count: int = 0,
+    file: Path | None = None,
+    **views: int,
 ) -> ClassScore:
-    """Score a model on held-out clips; ``views``: clips and crops, by default the recipe's."""
+    """Score a model on held-out clips; ``views``: clips and crops, by default the recipe's.
+
+    Rank 0 writes what it says of each to ``file``.
+    """
     views = {"clips": recipe.test_clips, "crops": recipe.test_crops} | views
-    items = build_items(recipe, split)
-    return score_classes(model, items, recipe.num_classes, count=count, **views)
+    # A figure is of the whole list: what check_data calls bad counts as unread.
+    items, bad = build_items(replace(recipe, data=replace(recipe.data, checked=())), split), {}
+    if recipe.data.checked:
+        kept = set(build_items(recipe, split).entries)
+        bad = {i: f"{entry.path}: is bad by --data.checked" for i, entry in enumerate(items.entries)
+               if entry not in kept}  # fmt: skip
+    found = score_videos(
+        model, items, recipe.num_classes, count=count, at_once=recipe.views_at_once,
+        workers=recipe.data.workers, bad=bad, **views,
+    )  # fmt: skip
+    if file and dist.rank() == 0:
+        root = Path(recipe.data.video_root or ".") if recipe.data.val_list else synthetic.render()
+        paths = [entry.path for entry in items.entries]
+        names = [(p.relative_to(root) if p.is_relative_to(root) else p).as_posix() for p in paths]
+        write_scores(found, names, file)
+    return found.summary()
+
+
+def write_scores(scores: Scores, names: Sequence[str], file: Path) -> None:
+    """Write one JSON line for each video of a list, in its order, at once.
+
+    "path", "label", then "predicted" and "probabilities" of the classes (every digit of their
+    float32), or "error".
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.part")
+    with part.open("w", encoding="utf-8") as lines:
+        pairs = zip(scores.labels.tolist(), scores.probabilities.numpy(), strict=True)
+        for number, (label, row) in enumerate(pairs):
+            entry: dict[str, Any] = {"path": names[number], "label": label}
+            if number in scores.errors:
+                entry["error"] = scores.errors[number]
+            else:
+                entry["predicted"] = int(row.argmax())
+                entry["probabilities"] = [float(str(p)) for p in row]
+            lines.write(json.dumps(entry, ensure_ascii=False) + "\n")
+    os.replace(part, file)
 
 
 def plan(recipe: Finetune) -> str:
@@ -167,7 +279,11 @@ def plan(recipe: Finetune) -> str:
         model = build_model(recipe)
     items = {"clip": cost.clip_item(recipe, model)}
     lines = cost.describe(recipe, model, {"clip": recipe.optim.clips}, items)
-    lines["test views"] = f"{recipe.test_clips} clips x {recipe.test_crops} crops"
+    lines["test views"] = (
+        f"{recipe.test_clips} clips x {recipe.test_crops} crops, {recipe.views_at_once} at a time"
+    )
+    if recipe.val_epochs:
+        lines["validation"] = f"every {recipe.val_epochs:g} epochs, 1 view; the best is kept"
     lines["starts from"] = recipe.run.init or recipe.default_init or "--run.init, not given yet"
     return cost.write(lines)
 

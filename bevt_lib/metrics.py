@@ -1,21 +1,26 @@
 """What a result is worth: losses and accuracies on held-out data, beside their baselines.
 
-Every evaluation is exact on any number of processes: each takes every n-th item, and sums meet.
+Every evaluation is exact on any number of processes: blocks of the list are dealt out in turn, and
+what makes up a block doesn't depend on their number, so that neither does any bit of the result.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from bevt_lib import dist
-from bevt_lib.augment import normalise
+from bevt_lib.augment import normalise, one_thread
 from bevt_lib.bevt import BEVT, Classifier, Tokenizer, add_tokens
 from bevt_lib.masking import mask_in_time
+from bevt_lib.video import BadFile
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -71,8 +76,10 @@ def score_tokens(
     """Score masked-token prediction on the first ``count`` items of a held-out data set."""
     model.eval()
     device = next(model.parameters()).device
-    columns: list[Tensor] = []
-    for batch in batches_of(lambda i: items.sample(0, i), count, batch_size, device):
+    columns = [torch.empty(5, 0, dtype=torch.float64)]
+    for block in blocks(count, batch_size):
+        batch = default_collate([items.sample(0, i) for i in block])
+        batch = {k: v.to(device) for k, v in batch.items()}
         part = add_tokens({stream: batch}, tokenizer)[stream]
         ids, hidden = part["ids"], mask_in_time(part["mask"], model.frames_per_step[stream])
         logits = model.token_head(model.features(stream, part["pixels"], part["mask"]))[hidden]
@@ -89,7 +96,8 @@ def score_tokens(
                 ]
             ).cpu()
         )
-    truth, losses, right, copied, changed = gather_columns(torch.cat(columns, dim=1))
+    together = torch.cat(gather(torch.cat(columns, dim=1)), dim=1)
+    truth, losses, right, copied, changed = together
     shares = torch.bincount(truth.long()) / len(truth)
     shares = shares[shares > 0]
     places = len(truth)
@@ -114,19 +122,57 @@ def score_tokens(
 
 @dataclass(frozen=True)
 class ClassScore:
-    """Recognition on held-out clips, views averaged."""
+    """Recognition on held-out clips, views averaged: shares of the clips that could be read."""
 
     clips: int
     classes: int
     top1: float
     lower95: float  # Wilson's lower 95 % bound of top1
-    per_class: tuple[float, ...]
+    per_class: tuple[float, ...]  # NaN: no clip of this class
+    top5: float
+    mean_class: float  # mean of per_class over the classes that have a clip
+    unread: tuple[str, ...] = ()  # a line for each further clip, which can't be read
 
     def __str__(self) -> str:
+        present = sum(not math.isnan(share) for share in self.per_class)
+        only = f" (of the {present} classes with a clip)" if present < self.classes else ""
+        left = f"; LEFT OUT {len(self.unread)} clips that can't be read" if self.unread else ""
         return (
             f"top-1 {self.top1:.3f} (lower 95 % bound {self.lower95:.3f}) on {self.clips} clips, "
-            f"chance {1 / self.classes:.3f}"
+            f"chance {1 / self.classes:.3f}; top-5 {self.top5:.3f}, mean class "
+            f"{self.mean_class:.3f}{only}{left}"
         )
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model says of each video of a list, in its order."""
+
+    labels: Tensor  # int64 (n,)
+    probabilities: Tensor  # float32 (n, classes), mean over the views
+    errors: dict[int, str]  # of the videos that can't be read: why; their probabilities are NaN
+
+    def summary(self) -> ClassScore:
+        """Count top-1, top-5 and mean class accuracy; equals rank by class number.
+
+        Raises ValueError where no video can be read, or a probability is no number.
+        """
+        read = torch.tensor([i not in self.errors for i in range(len(self.labels))])
+        labels, found = self.labels[read], self.probabilities[read]
+        if not len(labels):
+            raise ValueError(f"none of {len(read)} videos can be read: {self.errors[0]}")
+        if not found.isfinite().all():
+            raise ValueError("the model gives probabilities that are no numbers: it is broken")
+        true, classes = found.gather(1, labels[:, None]), found.shape[1]
+        earlier = torch.arange(classes) < labels[:, None]
+        better = ((found > true) | ((found == true) & earlier)).sum(1)  # classes before the true
+        right = (better == 0).double()
+        per_class = [float(right[labels == c].mean()) for c in range(classes)]
+        return ClassScore(
+            len(labels), classes, float(right.mean()), wilson_lower(int(right.sum()), len(labels)),
+            tuple(per_class), top5=float((better < 5).double().mean()),
+            mean_class=float(np.nanmean(per_class)), unread=tuple(self.errors.values()),
+        )  # fmt: skip
 
 
 def wilson_lower(right: int, total: int, z: float = 1.96) -> float:
@@ -138,18 +184,36 @@ def wilson_lower(right: int, total: int, z: float = 1.96) -> float:
 
 
 @torch.no_grad()
-def score_views(model: Classifier, pixels: Tensor) -> Tensor:
+def score_views(model: Classifier, pixels: Tensor, at_once: int = 32) -> Tensor:
     """Average the class probabilities over views: uint8 (B, V, T, H, W, 3) to float (B, classes).
 
+    ``at_once`` views go to the model's device and through it at a time, in its weights' precision.
     Source: the released test pipeline averages softmax ("prob"), not logits.
     """
-    batch, views = pixels.shape[:2]
-    logits = model.logits(normalise(pixels.flatten(0, 1)))
-    return logits.softmax(-1).unflatten(0, (batch, views)).mean(1)
+    weight = next(model.parameters())
+    parts = (part.to(weight.device) for part in pixels.flatten(0, 1).split(at_once))
+    logits = torch.cat([model.logits(normalise(part).to(weight.dtype)) for part in parts])
+    return logits.softmax(-1).unflatten(0, pixels.shape[:2]).mean(1)
+
+
+class _ViewsOf(Dataset):
+    """The test views of a list for a loader: (index, views or None, why they can't be read)."""
+
+    def __init__(self, items, clips: int, crops: int, bad: Mapping[int, str]):
+        self.items, self.clips, self.crops, self.bad = items, clips, crops, bad
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | None, str]:
+        if index in self.bad:
+            return index, None, self.bad[index]
+        try:
+            views = self.items.views(index, self.clips, self.crops)
+        except BadFile as error:
+            return index, None, str(error)
+        return index, torch.from_numpy(views), ""
 
 
 @torch.no_grad()
-def score_classes(
+def score_videos(
     model: Classifier,
     items,
     num_classes: int,
@@ -157,48 +221,63 @@ def score_classes(
     clips: int = 1,
     crops: int = 1,
     count: int = 0,
-    batch_size: int = 32,
-) -> ClassScore:
-    """Recognise the first ``count`` clips (0: all), each from ``clips`` x ``crops`` views."""
+    at_once: int = 32,
+    workers: int = 0,
+    bad: Mapping[int, str] | None = None,
+) -> Scores:
+    """Recognise the first ``count`` videos (0: all), each from ``clips`` x ``crops`` views.
+
+    ``at_once`` views go through the model at a time, while ``workers`` loader processes decode the
+    next. Those known to be ``bad`` (index: why) count as unreadable and aren't opened. All
+    processes get the result.
+    """
     model.eval()
-    device = next(model.parameters()).device
-
-    def item(index: int) -> dict:
-        return {"pixels": items.views(index, clips, crops), "label": items.label(index)}
-
-    rows = []
-    per_batch = max(1, batch_size // (clips * crops))
-    for batch in batches_of(item, count or len(items), per_batch, device):
-        predicted = score_views(model, batch["pixels"]).argmax(-1)
-        rows.append(torch.stack([predicted, batch["label"]]).double().cpu())
-    predicted, labels = gather_columns(torch.cat(rows, dim=1))
-    right = predicted == labels
-    per_class = [float(right[labels == c].double().mean()) for c in range(num_classes)]
-    total = len(labels)
-    hits = int(right.sum())
-    return ClassScore(total, num_classes, hits / total, wilson_lower(hits, total), tuple(per_class))
-
-
-def batches_of(
-    item: Callable[[int], Mapping], count: int, batch_size: int, device: torch.device
-) -> Iterator[dict[str, Tensor]]:
-    """Collate this process's share of items 0 .. count - 1: every world-size-th, none twice."""
-    mine = range(dist.rank(), count, dist.world_size())
-    for start in range(0, len(mine), batch_size):
-        batch = default_collate([item(i) for i in mine[start : start + batch_size]])
-        yield {k: v.to(device) for k, v in batch.items()}
+    total = min(count or len(items), len(items))
+    together = max(1, at_once // (clips * crops))  # videos
+    loader = DataLoader(
+        _ViewsOf(items, clips, crops, bad or {}), batch_sampler=blocks(total, together),
+        num_workers=workers, collate_fn=list, worker_init_fn=one_thread,
+    )  # fmt: skip
+    mine: list[int] = []
+    found = [torch.empty(0, num_classes)]
+    wrong: dict[int, str] = {}
+    for block in loader:
+        read = {i: views for i, views, why in block if not why}
+        wrong |= {i: why for i, _, why in block if why}
+        if read:
+            mine += read
+            shares = score_views(model, torch.stack(list(read.values())), at_once)
+            found.append(shares.float().cpu())
+    rows = torch.full((total, num_classes), math.nan)
+    errors: dict[int, str] = {}
+    for indices, part, unread in gather((mine, torch.cat(found), wrong)):
+        rows[indices] = part
+        errors |= unread
+    labels = torch.tensor([items.label(i) for i in range(total)])
+    return Scores(labels, rows, dict(sorted(errors.items())))
 
 
-def gather_columns(columns: Tensor) -> Tensor:
-    """Join (rows, n) tensors of all processes along n; unequal n are allowed."""
+def score_classes(model: Classifier, items, num_classes: int, **settings: Any) -> ClassScore:
+    """Sum up :func:`score_videos`, which has the settings."""
+    return score_videos(model, items, num_classes, **settings).summary()
+
+
+def blocks(count: int, size: int) -> list[list[int]]:
+    """Cut items 0 .. count - 1 into blocks of ``size``; give those that fall to this process."""
+    starts = range(dist.rank() * size, count, dist.world_size() * size)
+    return [list(range(start, min(start + size, count))) for start in starts]
+
+
+def gather(value: T) -> list[T]:
+    """Give every process the values of all, by rank."""
     if dist.world_size() == 1:
-        return columns
-    parts: list[Tensor | None] = [None] * dist.world_size()
-    torch.distributed.all_gather_object(parts, columns)
-    return torch.cat([p for p in parts if p is not None], dim=1)
+        return [value]
+    values: list[T | None] = [None] * dist.world_size()
+    torch.distributed.all_gather_object(values, value)
+    return [v for v in values if v is not None]
 
 
-def smooth(values: Sequence[float], window: int) -> np.ndarray:
+def smooth(values: Sequence[float] | np.ndarray, window: int) -> np.ndarray:
     """Average a curve over a trailing window: float64 (len(values),)."""
     sums = np.cumsum(np.insert(np.asarray(values, dtype=float), 0, 0.0))
     starts = np.maximum(np.arange(1, len(sums)) - window, 0)

@@ -62,7 +62,8 @@ def learning_rate(optim: Optim, step: int, items: int) -> float:
 
     With ``stairs`` the cosine moves once per epoch; warm-up moves at every step in either case,
     and holds its last rate until the next epoch where its length isn't a whole number of steps.
-    Steps beyond ``optim.steps`` run down the further cosines of ``optim.restarts``.
+    Steps beyond ``optim.steps`` run down the further cosines of ``optim.restarts``. With
+    ``cosine_steps`` the first one is over before, and its last rate, ``last_share``, is held.
     """
     cycle, place = cycle_of(optim, step)
     if cycle:
@@ -75,18 +76,19 @@ def learning_rate(optim: Optim, step: int, items: int) -> float:
     # two steps is never met: its last rate is held. A whole one is met at ``last``: regular rate.
     if optim.stairs and math.floor(step / unit) == math.floor(last / unit):
         step = min(step, last)
-    now, length = step / unit, optim.steps or optim.epochs
-    shown = math.floor(now) if optim.stairs else now
-    regular = optim.lr * (0.5 * (1 + math.cos(math.pi * shown / length)) if optim.cosine else 1.0)
+    now = step / unit
+    length = optim.cosine_steps / unit or optim.steps or optim.epochs
+    shown = min(math.floor(now) if optim.stairs else now, length)
+    way = 0.5 * (1 + math.cos(math.pi * shown / length)) if optim.cosine else 1.0
+    regular = optim.lr * (optim.last_share + (1 - optim.last_share) * way)
     if now >= optim.warmup:
         return regular
     return regular * (1 - (1 - now / optim.warmup) * (1 - optim.warmup_start))
 
 
 def start_average(model: nn.Module) -> dict[str, Tensor]:
-    """Copy the floating-point parameters and buffers to float32: a weight average's start."""
-    state = model.state_dict()
-    return {k: v.float().clone() for k, v in state.items() if v.is_floating_point()}
+    """Copy the floating-point parameters and buffers: a weight average's start."""
+    return {k: v.clone() for k, v in model.state_dict().items() if v.is_floating_point()}
 
 
 def update_average(average: Mapping[str, Tensor], model: nn.Module, share: float) -> None:
@@ -97,4 +99,4 @@ def update_average(average: Mapping[str, Tensor], model: nn.Module, share: float
     """
     weights = model.state_dict()
     for name, mean in average.items():
-        mean.lerp_(weights[name].float(), share)
+        mean.lerp_(weights[name], share)

@@ -15,7 +15,8 @@ import torch
 from bevt_lib import dist
 from bevt_lib.bevt import BEVT, Classifier, Tokenizer, add_tokens
 from bevt_lib.config import open_door
-from bevt_lib.datasets import Entry, LabelledClips, PretrainClips
+from bevt_lib.datasets import LabelledClips, PretrainClips
+from bevt_lib.lists import Entry
 from bevt_lib.masking import mask_budget, mask_in_time
 from bevt_lib.metrics import score_views
 from bevt_lib.pretrain import STRIDE, hide_tubes, shipped_tokenizer

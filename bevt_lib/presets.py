@@ -1,9 +1,11 @@
 """Named recipes as values: what each command runs, with what is known of its result.
 
-``lesson``: two CPU cores, seconds to minutes. ``paper``: the released recipe, on 32 and 8 GPUs.
-Every number that is not ours comes from the released configs or README of BEVT.
+``lesson``: two CPU cores, seconds to minutes. ``small``: the same embedded data on one GPU, each
+stage under 20 minutes. ``paper``: the released recipe, on 32 and 8 GPUs. Every number that is not
+ours comes from the released configs or README of BEVT.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from bevt_lib.config import (
@@ -15,6 +17,7 @@ from bevt_lib.config import (
     Pretrain,
     Run,
     Tokens,
+    TrainPeco,
     TrainTokenizer,
 )
 
@@ -30,6 +33,15 @@ LESSON_MODEL = Model(
 LESSON_DATA = Data(frames=8, interval=1, size=96, short=(98, 112))
 LESSON_TOKENS = Tokens(vocab_size=256)
 LESSON_MASKING = Masking(tube=(0.5, 0.75))  # of 4 time steps: each place is seen at some time
+
+# The lesson's pixels (the clips have no more); all 16 frames of a clip, the paper's 8 time steps.
+# Minutes told below are those of bevt_lib.cost, by Swin-B's share of the peak. Small matrices reach
+# a smaller one: hence the room up to 20 minutes.
+SMALL_MODEL = Model(
+    embed_dim=64, depths=(2, 2, 6, 2), num_heads=(2, 4, 8, 16), window=(8, 3, 3),
+    drop_path=0.1, linear_std=0.0,
+)  # fmt: skip
+SMALL_DATA = replace(LESSON_DATA, frames=16, workers=6)
 
 
 def lesson_dvae() -> TrainTokenizer:
@@ -50,6 +62,25 @@ def lesson_dvae() -> TrainTokenizer:
         kl_weight=(0.0, 0.0),
         balance_weight=0.1,
     )  # fmt: skip
+
+
+def lesson_peco() -> TrainPeco:
+    """PeCo's tokenizer with 256 codes, on the embedded training pictures, as BEVT shows them.
+
+    Its perceptual network knows ImageNet's labels: see ``perceptual.py``, and take --perceptual
+    bevt_lesson_image for the label-free control, none for a plain VQ-VAE. One CPU core; ours, no
+    paper row.
+    """
+    return TrainPeco(
+        name="lesson_peco",
+        data=LESSON_DATA,
+        tokens=LESSON_TOKENS,
+        optim=Optim(lr=1e-3, weight_decay=0.0, images=16, steps=5000, warmup=100, clip_norm=3.0),
+        hidden=32,
+        blocks=1,
+        code_dim=32,
+        perceptual_weight=3.0,
+    )
 
 
 def lesson_image() -> Pretrain:
@@ -120,6 +151,139 @@ def lesson_what() -> Finetune:
     )
 
 
+def small_dvae() -> TrainTokenizer:
+    """A wider tokenizer with 1024 words, on 48 px views as BEVT shows them.
+
+    One GPU, about 4 minutes on an A100. Command: python -m bevt_lib.train_tokenizer small_dvae.
+    ``small_image`` and ``small_joint`` take it, both or neither, by
+    --tokens.weights runs/small_dvae/tokenizer.safetensors.
+    Ours, no paper row. Not run by us: no number to expect.
+    """
+    return TrainTokenizer(
+        name="small_dvae",
+        data=replace(LESSON_DATA, workers=6),
+        tokens=Tokens(vocab_size=1024),
+        optim=Optim(lr=2e-3, weight_decay=0.0, images=128, steps=6000, warmup=200, clip_norm=3.0,
+                    restarts=((3000, 0.5), (1500, 0.5)), rules=(("encoder", 0.5, 1.0),)),
+        hidden=64,
+        kl_weight=(0.0, 0.0),
+        balance_weight=0.1,
+    )  # fmt: skip
+
+
+def small_image() -> Pretrain:
+    """Image-stream pretraining on the embedded stills, in the shipped lesson tokenizer's words.
+
+    One GPU, about 3 minutes on an A100. Command: python -m bevt_lib.pretrain small_image.
+    Ours, no paper row. Not run by us: no number to expect.
+    """
+    return Pretrain(
+        name="small_image",
+        streams=("image",),
+        model=SMALL_MODEL,
+        data=SMALL_DATA,
+        tokens=LESSON_TOKENS,
+        optim=Optim(lr=1.5e-3, images=256, steps=6000, warmup=300, clip_norm=3.0,
+                    rules=LESSON_RULES),
+    )  # fmt: skip
+
+
+def small_joint() -> Pretrain:
+    """Joint pretraining on embedded clips and stills, from a run of ``small_image``.
+
+    One GPU, about 5 minutes on an A100. Command: python -m bevt_lib.pretrain small_joint
+    --run.init runs/small_image/model. The token head goes on: give the same tokenizer. Ours, no
+    paper row. Not run by us: no number to expect.
+    """
+    return Pretrain(
+        name="small_joint",
+        streams=("video", "image"),
+        model=SMALL_MODEL,
+        data=SMALL_DATA,
+        tokens=LESSON_TOKENS,
+        optim=Optim(lr=1e-3, clips=64, images=64, steps=4000, warmup=200, clip_norm=3.0,
+                    rules=LESSON_RULES),
+        keep_token_head=True,
+        needs_init=True,
+    )  # fmt: skip
+
+
+def small_what() -> Finetune:
+    """Recognise what moves (8 kinds of object), from a run of ``small_joint``.
+
+    One GPU, about 3 minutes on an A100. Command: python -m bevt_lib.finetune small_what --run.init
+    runs/small_joint/model. Ours, no paper row. Not run by us: no number to expect (chance: 0.125).
+    """
+    return Finetune(
+        name="small_what",
+        task="what",
+        num_classes=8,
+        model=SMALL_MODEL,
+        data=SMALL_DATA,
+        optim=Optim(lr=5e-4, clips=64, steps=3000, warmup=200, clip_norm=3.0, rules=LESSON_RULES),
+        crop="random",
+        test_clips=1,  # a view shows all frames
+        test_crops=1,
+        val_epochs=5,
+    )
+
+
+def small_how() -> Finetune:
+    """Recognise how a clip moves (8 motions), from a run of ``small_joint``.
+
+    One GPU, about 3 minutes on an A100. Command: python -m bevt_lib.finetune small_how --run.init
+    runs/small_joint/model. Ours, no paper row. Not run by us: no number to expect (chance: 0.125).
+    """
+    return replace(small_what(), name="small_how", task="how", flip=False, antisymmetric=1.0)
+
+
+def paper_dvae() -> TrainTokenizer:
+    """DALL-E's tokenizer by DALL-E's objective, on pictures of one's own.
+
+    Paper: its ids are the targets of BEVT's main rows; with OpenAI's two files nothing is to train.
+    Command: torchrun on 8 nodes of 8 GPUs with --data.image-root. Of DALL-E's appendix A.2, told
+    from memory: views of 256 px, batch 512 on 64 GPUs, 3 M steps, AdamW with weight decay 1e-4, the
+    rate down a cosine of 1.2 M steps to 1.25e-6, temperature in 150,000 steps, KL weight in 5,000,
+    average of the weights at 0.999. ASSUMED: ImageNet-1K in place of its 250 M pictures; its crops
+    (short side 256 to 320); bf16 autocast. Not run by us: needs 64 GPUs and ImageNet-1K.
+    """
+    return TrainTokenizer(
+        name="paper_dvae",
+        data=Data(size=256, short=(256, 320), workers=8, expected_items=1_281_167),
+        tokens=Tokens(),
+        optim=Optim(lr=1e-4, weight_decay=1e-4, images=512, steps=3_000_000,
+                    cosine_steps=1_200_000, last_share=0.0125, ema=0.001),
+        temperature_steps=150_000,
+        kl_steps=5_000,
+        quick_start=False,
+        view=256,
+        watch_every=10_000,
+        run=Run(save_every=5_000),
+    )  # fmt: skip
+
+
+def paper_peco() -> TrainPeco:
+    """PeCo's perceptual codebook on ImageNet-1K: 8,192 codes, 16 px an id (never released).
+
+    Paper: its ids are the targets of BEVT's rows SSv2 71.4, K400 81.1. Command: torchrun on 8 GPUs
+    with --data.image-root, and --perceptual-weights of a self-supervised ViT-B in timm's names.
+    Codebook, moving averages, stride and a self-supervised ViT's features on several levels are the
+    paper's, told from memory. ASSUMED: everything else (layers, 256 channels a code, blocks 3, 6, 9
+    and 12, weights of the terms, batch 256, rate 1e-4, 100 epochs). Not run by us: needs 8 GPUs,
+    ImageNet-1K and such a ViT. In BEVT: --tokens.weights FILE, whose factor sizes the view.
+    """
+    return TrainPeco(
+        name="paper_peco",
+        data=Data(workers=8, expected_items=1_281_167),
+        tokens=Tokens(factor=16),
+        optim=Optim(lr=1e-4, images=256, epochs=100, warmup=1, clip_norm=3.0),
+        perceptual="vit_base_patch16_224",
+        perceptual_levels=(2, 5, 8, 11),
+        watch_every=5_000,
+        run=Run(save_every=5_000),
+    )
+
+
 def paper_image() -> Pretrain:
     """Image-stream pretraining of Swin-B on ImageNet-1K, 800 epochs (never released).
 
@@ -133,7 +297,7 @@ def paper_image() -> Pretrain:
         streams=("image",),
         model=Model(drop_path=0.1),
         data=Data(jitter=0.4, workers=8, expected_items=1_281_167),
-        tokens=Tokens(),
+        tokens=Tokens(fp16=True),
         optim=Optim(lr=1.5e-3, images=2048, epochs=800, warmup=10, clip_norm=3.0,
                     rules=RELEASED_NO_DECAY),
     )  # fmt: skip
@@ -152,7 +316,7 @@ def paper_joint() -> Pretrain:
         streams=("video", "image"),
         model=Model(released=True),
         data=Data(jitter=0.4, workers=8, expected_items=240_000),
-        tokens=Tokens(),
+        tokens=Tokens(fp16=True),
         optim=Optim(lr=5e-4, clips=256, images=2048, epochs=150, warmup=10, clip_norm=3.0,
                     rules=RELEASED_NO_DECAY),
         needs_init=True,
@@ -187,6 +351,8 @@ def paper_k400() -> Finetune:
         optim=Optim(lr=3e-4, weight_decay=0.001, clips=64, epochs=60, warmup=2.5, stairs=True,
                     clip_norm=40.0, rules=tuple(rules)),
         dropout=0.5,
+        views_at_once=4,
+        val_epochs=5,
         run=Run(micro_batch=2),
     )  # fmt: skip
 
@@ -219,6 +385,8 @@ def paper_ssv2() -> Finetune:
         rand_augment=(4, 7),
         erasing=0.25,
         test_clips=1,
+        views_at_once=2,
+        val_epochs=5,
         run=Run(micro_batch=1),
     )  # fmt: skip
 
@@ -236,8 +404,16 @@ def paper_diving48() -> Finetune:
     return replace(recipe, name="paper_diving48", task="diving48", num_classes=48, data=data)
 
 
-PRETRAIN = {f.__name__: f for f in (lesson_image, lesson_joint, paper_image, paper_joint)}
-FINETUNE = {
-    f.__name__: f for f in (lesson_how, lesson_what, paper_k400, paper_ssv2, paper_diving48)
+PRETRAIN = {
+    f.__name__: f
+    for f in (lesson_image, lesson_joint, small_image, small_joint, paper_image, paper_joint)
 }
-TRAIN_TOKENIZER = {f.__name__: f for f in (lesson_dvae,)}
+FINETUNE = {
+    f.__name__: f
+    for f in (
+        lesson_how, lesson_what, small_how, small_what, paper_k400, paper_ssv2, paper_diving48,
+    )
+}  # fmt: skip
+TRAIN_TOKENIZER: dict[str, Callable[[], TrainTokenizer | TrainPeco]] = {
+    f.__name__: f for f in (lesson_dvae, lesson_peco, small_dvae, paper_dvae, paper_peco)
+}

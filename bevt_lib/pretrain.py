@@ -1,6 +1,7 @@
 """Pretrain: ``python -m bevt_lib.pretrain PRESET --overrides``, also under torchrun."""
 
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -9,24 +10,21 @@ import numpy as np
 import torch
 
 from bevt_lib import cost, dist, engine, synthetic
-from bevt_lib.bevt import BEVT, add_tokens
+from bevt_lib.bevt import BEVT, Tokenizer, add_tokens
 from bevt_lib.config import Pretrain, choose, flatten, open_door
-from bevt_lib.datasets import (
-    Positions,
-    PretrainClips,
-    PretrainImages,
-    read_image_folder,
-    read_list,
-)
+from bevt_lib.dalle import DalleTokenizer, build
+from bevt_lib.datasets import Positions, PretrainClips, PretrainImages
 from bevt_lib.engine import Source
+from bevt_lib.files import digest
 from bevt_lib.formats import released_name
+from bevt_lib.lists import leave_out_bad, read_entries, read_image_folder, read_list
 from bevt_lib.masking import block_mask, tube_mask
 from bevt_lib.metrics import TokenScore, score_tokens
 from bevt_lib.optim import total_steps
 from bevt_lib.presets import PRETRAIN, lesson_dvae
 from bevt_lib.seeds import Purpose, Stream, seeded_globals
 from bevt_lib.terms import Views
-from bevt_lib.tokenizer import DalleTokenizer, build, load_tokenizer
+from bevt_lib.tokenizer import FrozenTokenizer, load_tokenizer
 from bevt_lib.weights import read_weights, start_pretraining
 
 STRIDE = 16  # pixels of the clip per token: Swin's stage 3
@@ -68,18 +66,31 @@ def shipped_tokenizer() -> Path:
     return synthetic.data_folder() / "weights" / "lesson_dvae.safetensors"
 
 
-def build_tokenizer(recipe: Pretrain) -> DalleTokenizer:
+def build_tokenizer(recipe: Pretrain) -> FrozenTokenizer:
     """Load the recipe's frozen tokenizer; the shipped lesson tokenizer where none is named.
 
-    Raises ValueError where its vocabulary isn't the recipe's.
+    Raises ValueError where none is named and the recipe is made for another than the shipped one.
     """
     tokenizer = load_tokenizer(recipe.tokens.weights or shipped_tokenizer()).to(dist.device())
-    if tokenizer.vocab_size != recipe.tokens.vocab_size:
+    if not recipe.tokens.weights and sized_for(recipe, tokenizer) != recipe:
         raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the recipe "
-            f"{recipe.tokens.vocab_size}: set --tokens.vocab-size or --tokens.weights"
+            f"{recipe.name} needs a tokenizer of {recipe.tokens.vocab_size} tokens of "
+            f"{recipe.tokens.factor} px, and the shipped one has {tokenizer.vocab_size} of "
+            f"{tokenizer.factor} px: name its file or folder with --tokens.weights"
         )
     return tokenizer
+
+
+def sized_for(recipe: Pretrain, tokenizer: Tokenizer) -> Pretrain:
+    """Give the recipe with the tokenizer's vocabulary and factor."""
+    tokens = replace(recipe.tokens, vocab_size=tokenizer.vocab_size, factor=tokenizer.factor)
+    return replace(recipe, tokens=tokens)
+
+
+def naming_digest(tokenizer: FrozenTokenizer) -> str:
+    """Sum up what ids depend on: a run isn't to be resumed with another tokenizer."""
+    state = tokenizer.state_dict().items()
+    return digest({k: v for k, v in state if not k.startswith("decoder.")})
 
 
 def start_weights(recipe: Pretrain, model: BEVT) -> str:
@@ -127,24 +138,31 @@ def build_items(recipe: Pretrain, stream: str, split: str = "train"):
         )
     target = recipe.masking.target((side, side))
     view = side * recipe.tokens.factor
-    own = d.video_list if stream == "video" else d.image_root
-    folder = Path() if own and split == "train" else synthetic.render()
+    given = d.video_list if stream == "video" else d.image_list or d.image_root
+    own = given and split == "train"
+    folder = Path() if own else synthetic.render()
     if stream == "image":
-        root = Path(own) if own and split == "train" else folder / "images" / split
+        root = Path(d.image_root or ".") if own else folder / "images" / split
+        if own and d.image_list:
+            entries = read_list(Path(d.image_list), root, labelled=False)
+        else:
+            entries = read_image_folder(root)
         hide = partial(hide_blocks, grid=(side, side), target=target)
         return PretrainImages(
-            read_image_folder(root), size=d.size, short=d.short, view_size=view, mask=hide,
-            jitter=d.jitter, seed=recipe.run.seed,
+            leave_out_bad(entries, d.checked if own else (), root), size=d.size, short=d.short,
+            view_size=view, mask=hide, jitter=d.jitter, seed=recipe.run.seed, timeout=d.timeout,
         )  # fmt: skip
-    if own and split == "train":
-        entries = read_list(Path(own), Path(d.video_root or "."), labelled=False)
+    if own:
+        root = Path(d.video_root or ".")
+        entries = read_entries(Path(d.video_list), root, labelled=False)
+        entries = leave_out_bad(entries, d.checked, root)
     else:
         entries = read_list(folder / f"how_{split}.txt", folder)
     steps = math.ceil(d.frames / recipe.model.patch[0])
     hide = partial(hide_tubes, grid=(steps, side, side), target=target, length=recipe.masking.tube)
     return PretrainClips(
         entries, frames=d.frames, interval=d.interval, size=d.size, short=d.short,
-        view_size=view, mask=hide, seed=recipe.run.seed,
+        view_size=view, mask=hide, seed=recipe.run.seed, timeout=d.timeout,
     )  # fmt: skip
 
 
@@ -159,11 +177,12 @@ def train(recipe: Pretrain) -> tuple[BEVT, list[dict[str, float]]]:
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
     engine.be_deterministic(recipe.run.deterministic)
+    tokenizer = build_tokenizer(recipe)
+    recipe = sized_for(recipe, tokenizer)
     model = build_model(recipe)
     report = start_weights(recipe, model)
     if dist.rank() == 0:
         print(report)
-    tokenizer = build_tokenizer(recipe)
     dist.first_alone(synthetic.render, needed=not recipe.data.image_root)
     sources = {
         stream: Source(
@@ -179,8 +198,10 @@ def train(recipe: Pretrain) -> tuple[BEVT, list[dict[str, float]]]:
     history = engine.fit(
         model, sources, recipe.optim, engine.in_folder(recipe.run, run_folder(recipe)),
         steps=total_steps(recipe.optim, len(first)),
-        prepare=lambda batch, step: add_tokens(batch, tokenizer),
-        config=flatten(recipe), rename=released_name,
+        prepare=lambda batch, step: add_tokens(
+            batch, tokenizer, hidden_only=True, fp16=recipe.tokens.fp16),
+        config=flatten(recipe) | {"tokens.sha256": naming_digest(tokenizer)},
+        rename=released_name, bad_share=recipe.data.bad_share,
     )  # fmt: skip
     return model, history
 
@@ -188,19 +209,33 @@ def train(recipe: Pretrain) -> tuple[BEVT, list[dict[str, float]]]:
 def score(recipe: Pretrain, model: BEVT, stream: str, count: int = 512) -> TokenScore:
     """Score a model on ``count`` held-out items of the embedded test split."""
     tokenizer = build_tokenizer(recipe)
+    recipe = sized_for(recipe, tokenizer)
     return score_tokens(model, tokenizer, stream, build_items(recipe, stream, "test"), count)
 
 
 def plan(recipe: Pretrain) -> str:
-    """Describe a run before its first step: size, steps, tokens, cost; nothing is read."""
-    words = recipe.tokens.vocab_size
-    # DALL-E's own tokenizer for its number of words, else one of the shipped one's size
-    hidden, blocks = (256, 2) if words == 8192 else (lesson_dvae().hidden, lesson_dvae().blocks)
+    """Describe a run before its first step: size, steps, tokens, cost.
+
+    Nothing is read but the tokenizer that ``tokens.weights`` names, where it is there already.
+    """
+    words, given, shipped = recipe.tokens.vocab_size, recipe.tokens.weights, lesson_dvae()
+    tokenizer: FrozenTokenizer
+    if given and Path(given).exists():
+        tokenizer, told = load_tokenizer(given), given
+        recipe = sized_for(recipe, tokenizer)
+    else:
+        # DALL-E's own for its number of words, else one of the shipped one's size
+        hidden, blocks = (256, 2) if words == 8192 else (shipped.hidden, shipped.blocks)
+        tokenizer = DalleTokenizer(*build(hidden, blocks, words))
+        told = f"{given or '--tokens.weights'}, not there yet"
+        if not given and words == shipped.tokens.vocab_size:
+            told = "the shipped one"
+    tokenizer.to("meta")
     with torch.device("meta"):
         model = build_model(recipe)
-        tokenizer = DalleTokenizer(*build(hidden, blocks, words))
     items = {s: cost.token_item(recipe, model, tokenizer, s) for s in recipe.streams}
     lines = cost.describe(recipe, model, global_batches(recipe), items, tokenizer)
+    lines["tokenizer"] = f"{told}: {recipe.tokens.vocab_size:,} tokens of {recipe.tokens.factor} px"
     lines["starts from"] = recipe.run.init or recipe.default_init or (
         "--run.init, not given yet" if recipe.needs_init else "random weights")  # fmt: skip
     return cost.write(lines)

@@ -24,6 +24,7 @@ class Purpose(IntEnum):
     WEIGHTS = 5
     RENDER = 6
     SPLIT = 7
+    REPLACE = 8
 
 
 class Stream(IntEnum):

@@ -1,41 +1,68 @@
-"""Train a tokenizer: ``python -m bevt_lib.train_tokenizer PRESET --overrides``, also torchrun."""
+"""Train a tokenizer: ``python -m bevt_lib.train_tokenizer PRESET --overrides``, also torchrun.
 
+RUN/tokenizer.safetensors      the result, for --tokens.weights
+RUN/strips/step_00000500.png   held-out pictures, below them what they become
+"""
+
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
+from torch import Tensor
 
-from bevt_lib import dist, engine, synthetic
-from bevt_lib.config import TrainTokenizer, choose, flatten, open_door
-from bevt_lib.datasets import Entry, Pictures, Positions, read_image_folder
-from bevt_lib.dvae import DVAE, anneal
+from bevt_lib import cost, dist, engine, synthetic
+from bevt_lib.config import TrainPeco, TrainTokenizer, choose, flatten, open_door
+from bevt_lib.dalle import save_tokenizer, to_unit
+from bevt_lib.datasets import Pictures, Positions
+from bevt_lib.dvae import DVAE, anneal, psnr, usage
 from bevt_lib.engine import Batch, Source
+from bevt_lib.lists import Entry, read_image_folder
 from bevt_lib.optim import cycle_of, total_steps
+from bevt_lib.peco import Peco, PecoTokenizer, save_peco
+from bevt_lib.perceptual import PerceptualDistance
 from bevt_lib.presets import TRAIN_TOKENIZER
 from bevt_lib.seeds import Purpose, Stream, seeded_globals, torch_generator
-from bevt_lib.tokenizer import save_tokenizer, to_unit
+from bevt_lib.tokenizer import FrozenTokenizer
 from bevt_lib.video import Video
 
 STRIDE = 16  # pixels of a picture per id: BEVT's grid
 FILM_STEP = 8  # every eighth film frame is a training picture
 PHOTO_REPEATS = 6  # photos are few beside the stills
+WATCHED = 64  # held-out pictures looked at while training
+SHOWN = 8  # of them in a strip
+START_PICTURES = 1024  # from which words and codes start, at most
+
+Recipe = TrainTokenizer | TrainPeco
 
 
 def main(arguments: list[str]) -> None:
-    """Read the command line and train."""
+    """Read the command line, then plan or train."""
     recipe = choose(TRAIN_TOKENIZER, arguments, "train_tokenizer")
+    if recipe.run.dry_run:
+        print(plan(recipe))
+        return
     with dist.world():
         model, history = train(recipe)
         if dist.rank() == 0:
             path = Path(run_folder(recipe)) / "tokenizer.safetensors"
-            save_tokenizer(model.encoder, model.decoder, path)
+            save(model.tokenizer(), path)
             last = history[-1]
             print(f"step {last['step'] + 1}: loss {last['loss']:.3f}; tokenizer in {path}")
 
 
-def run_folder(recipe: TrainTokenizer) -> str:
+def run_folder(recipe: Recipe) -> str:
     """Give the run's folder: ``run.folder`` or runs/<preset>."""
     return recipe.run.folder or f"runs/{recipe.name}"
+
+
+def save(tokenizer: FrozenTokenizer, path: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write a tokenizer of either kind to one safetensors file."""
+    if isinstance(tokenizer, PecoTokenizer):
+        save_peco(tokenizer, path, dtype)
+    else:
+        save_tokenizer(tokenizer.encoder, tokenizer.decoder, path, dtype)
 
 
 def training_entries() -> list[Entry]:
@@ -50,48 +77,151 @@ def training_entries() -> list[Entry]:
     return read_image_folder(folder / "images" / "train") + photos + film
 
 
-def build_model(recipe: TrainTokenizer) -> DVAE:
-    """Build the dVAE with weights drawn from the run's seed."""
-    side = recipe.data.size // STRIDE
+def split_entries(recipe: Recipe) -> tuple[list[Entry], list[Entry]]:
+    """List (training pictures, WATCHED held-out ones).
+
+    Of one's own folder every n-th picture is held out; of the embedded data, validation stills.
+    """
+    if recipe.data.image_root:
+        own = read_image_folder(Path(recipe.data.image_root))
+        held = set(range(0, len(own), max(2, len(own) // WATCHED)))
+        return [e for i, e in enumerate(own) if i not in held], [own[i] for i in sorted(held)]
+    stills = read_image_folder(synthetic.render() / "images" / "val")
+    return training_entries(), stills[:: len(stills) // WATCHED]
+
+
+def pictures_of(recipe: Recipe, entries: Sequence[Entry]) -> Pictures:
+    """Make the data set that gives the tokenizer's views of pictures."""
+    d = recipe.data
+    view = recipe.view or d.size // STRIDE * recipe.tokens.factor
+    return Pictures(entries, size=d.size, short=d.short, view_size=view, seed=recipe.run.seed)
+
+
+def build_model(recipe: Recipe) -> DVAE | Peco:
+    """Build the dVAE or VQ-VAE with weights drawn from the run's seed, without perceptual loss."""
+    tokens = recipe.tokens
+    side = (recipe.view or recipe.data.size // STRIDE * tokens.factor) // tokens.factor
     with seeded_globals(recipe.run.seed, Purpose.WEIGHTS):
-        return DVAE(recipe.hidden, recipe.blocks, recipe.tokens.vocab_size, (side, side))
+        if isinstance(recipe, TrainPeco):
+            return Peco(recipe.hidden, recipe.blocks, recipe.code_dim, tokens.factor,
+                        tokens.vocab_size, perceptual_weight=recipe.perceptual_weight)  # fmt: skip
+        return DVAE(recipe.hidden, recipe.blocks, tokens.vocab_size, (side, side),
+                    full_branches=recipe.quick_start)  # fmt: skip
 
 
-def train(recipe: TrainTokenizer) -> tuple[DVAE, list[dict[str, float]]]:
+def perceptual_distance(recipe: TrainPeco) -> PerceptualDistance | None:
+    """Load the recipe's perceptual network, if it names one, on this process's device."""
+    if recipe.perceptual == "none":
+        return None
+    return PerceptualDistance(
+        recipe.perceptual, recipe.perceptual_weights, recipe.perceptual_levels,
+        recipe.perceptual_side,
+    ).to(dist.device())  # fmt: skip
+
+
+def prepare_batch(recipe: Recipe, batch: Batch, step: int) -> Batch:
+    """Turn views into floats, and add what the dVAE's schedules say at this step."""
+    part = batch["picture"]
+    ready = {"pixels": to_unit(part["view"]), "position": part["position"]}
+    if isinstance(recipe, TrainTokenizer):
+        cycle = cycle_of(recipe.optim, step)[0]
+        most = 0.8 * recipe.optim.steps
+        ready |= {
+            "temperature": anneal(step, recipe.temperature_steps or most, *recipe.temperature),
+            "kl_weight": anneal(step, recipe.kl_steps or most, *recipe.kl_weight),
+            "noise_scale": float(cycle == 0),
+            "decoder_only": cycle == 2,
+            "balance_weight": recipe.balance_weight,
+        }
+    return {"picture": ready}
+
+
+def look(tokenizer: FrozenTokenizer, views: Tensor, strip: Path) -> dict[str, float]:
+    """Score a tokenizer on held-out views, uint8 (N, v, v, 3), and write a strip of the first."""
+    ids = tokenizer.encode(views)
+    painted = tokenizer.decode(ids)
+    used, perplexity = usage(ids, tokenizer.vocab_size)
+    if dist.rank() == 0:
+        rows = [torch.cat(list(part[:SHOWN].cpu()), dim=1) for part in (views, painted)]
+        picture = cv2.cvtColor(torch.cat(rows).numpy(), cv2.COLOR_RGB2BGR)
+        strip.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imencode(".png", picture)[1].tofile(strip)
+    return {"psnr": psnr(views, painted), "usage": used, "perplexity": perplexity}
+
+
+def train(recipe: Recipe) -> tuple[DVAE | Peco, list[dict[str, float]]]:
     """Run a tokenizer recipe; return the model and the record, one dict per step."""
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
-    dist.first_alone(synthetic.render)
-    d = recipe.data
-    pictures = Pictures(
-        training_entries(), size=d.size, short=d.short,
-        view_size=d.size // STRIDE * recipe.tokens.factor, seed=recipe.run.seed,
-    )  # fmt: skip
-    items = Positions(pictures, seed=recipe.run.seed, stream=Stream.IMAGE, workers=d.workers)
+    engine.be_deterministic(recipe.run.deterministic)
+    dist.first_alone(synthetic.render, needed=not recipe.data.image_root)
+    d, seed, folder = recipe.data, recipe.run.seed, Path(run_folder(recipe))
+    entries, held = split_entries(recipe)
+    pictures = pictures_of(recipe, entries)
+    items = Positions(pictures, seed=seed, stream=Stream.IMAGE, workers=d.workers)
     steps = total_steps(recipe.optim, len(items))
-
-    def prepare(batch: Batch, step: int) -> Batch:
-        part = batch["picture"]
-        return {"picture": {
-            "pixels": to_unit(part["view"]),
-            "temperature": anneal(step, recipe.optim.steps, *recipe.temperature),
-            "kl_weight": anneal(step, recipe.optim.steps, *recipe.kl_weight),
-            "noise_scale": float(cycle_of(recipe.optim, step)[0] == 0),
-            "decoder_only": cycle_of(recipe.optim, step)[0] == 2,
-            "balance_weight": recipe.balance_weight,
-            "position": part["position"],
-        }}  # fmt: skip
-
     model = build_model(recipe)
-    sample = np.stack([pictures.sample(0, i)["view"] for i in range(0, len(pictures), 8)])
-    generator = torch_generator(recipe.run.seed, Purpose.WEIGHTS)
-    model.spread_codes(to_unit(torch.from_numpy(sample)), generator)
+    if isinstance(model, Peco) and isinstance(recipe, TrainPeco):
+        model.perceptual = perceptual_distance(recipe)
+    start_words(recipe, model, pictures)
+    watched = pictures_of(recipe, held)
+    views = torch.from_numpy(np.stack([watched.sample(0, i)["view"] for i in range(len(held))]))
+    views = views.to(dist.device())
+
+    def after_step(step: int) -> Mapping[str, float]:
+        if isinstance(model, Peco):
+            return model.update_codes(torch_generator(seed, Purpose.WEIGHTS, 1, step))
+        return {}
+
+    def validate(done: int) -> dict[str, float]:
+        return look(model.tokenizer(), views, folder / "strips" / f"step_{done:08d}.png")
+
     history = engine.fit(
         model, {"picture": Source(items, recipe.optim.images)}, recipe.optim,
-        engine.in_folder(recipe.run, run_folder(recipe)),
-        steps=steps, prepare=prepare, config=flatten(recipe),
+        engine.in_folder(recipe.run, str(folder)), steps=steps,
+        prepare=lambda batch, step: prepare_batch(recipe, batch, step),
+        after_step=after_step, config=flatten(recipe), bad_share=d.bad_share,
+        validate=validate, validate_every=recipe.watch_every,
     )  # fmt: skip
     return model, history
+
+
+def start_words(recipe: Recipe, model: DVAE | Peco, pictures: Pictures) -> None:
+    """Start words or codes from what the untrained encoder makes of some training pictures."""
+    if isinstance(recipe, TrainTokenizer) and not recipe.quick_start:
+        return
+    every = max(8, len(pictures) // START_PICTURES)
+    sample = np.stack([pictures.sample(0, i)["view"] for i in range(0, len(pictures), every)])
+    generator = torch_generator(recipe.run.seed, Purpose.WEIGHTS)
+    start = model.start_codes if isinstance(model, Peco) else model.spread_codes
+    start(to_unit(torch.from_numpy(sample)), generator)
+
+
+def plan(recipe: Recipe) -> str:
+    """Describe a run before its first step: size, steps, cost; nothing is read."""
+    side = recipe.view or recipe.data.size // STRIDE * recipe.tokens.factor
+    with torch.device("meta"):
+        model = build_model(recipe)
+    grid = side // recipe.tokens.factor
+    picture = cost.empty(1, 3, side, side)
+    painting = cost.empty(1, getattr(recipe, "code_dim", recipe.tokens.vocab_size), grid, grid)
+    work = cost.count(model.encoder, picture).total + cost.count(model.decoder, painting).total
+    batches = {"picture": recipe.optim.images}
+    processes = recipe.run.processes or dist.world_size()
+    expected = recipe.data.expected_items
+    lines = {
+        "preset": recipe.name,
+        "parameters": f"{cost.parameters(model):,} trained",
+        "view": f"{side}x{side} px, {grid}x{grid} ids of {recipe.tokens.vocab_size:,}",
+        "global batch": f"{recipe.optim.images} pictures",
+        "cut into": str(engine.split_batch(batches, processes, recipe.run.micro_batch)),
+        "steps": f"{total_steps(recipe.optim, expected):,}"
+                 + (f" ({expected:,} pictures)" if expected else ""),
+        "one picture": f"multiply-adds forward: {cost.amount(work)}",
+    }  # fmt: skip
+    if isinstance(recipe, TrainPeco):
+        lines["perceptual"] = f"{recipe.perceptual}, weight {recipe.perceptual_weight}"
+    return cost.write(lines)
 
 
 if __name__ == "__main__":

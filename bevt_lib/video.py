@@ -1,78 +1,78 @@
 """Video files and picture files to pixels and back; which frames to take.
 
-Pixels are uint8 (T, H, W, 3), RGB. PyAV decodes short videos whole, and whatever decord cannot read
-(GIF, AV1); decord, where it has a wheel, finds its way in long ones. Both give the same pixels.
+Pixels are uint8 (T, H, W, 3), RGB. PyAV decodes; of H.264 only the frames asked for and those that
+others refer to: 21 ms for 16 of 300 frames of 340x256, decord 35 (``python -m bevt_lib.bench``).
 """
 
 import os
 import struct
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import TypeVar
 
 import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps
 
-try:
-    import decord
-
-    decord.logging.set_level(decord.logging.QUIET)
-except ImportError:  # no wheel for this machine
-    decord = None
-
-# Frames up to which a video is decoded whole. Opening one of 16 frames of 112 px and reading 8 took
-# 3.8 ms of one core so and 5.1 ms through decord's index; 16 of 480 frames took 64 ms and 41 ms.
-SHORT = 64
 WHOLE = 0.8  # share of what the header promises; a file that holds less was cut short
+# Codecs of which every packet is one shown frame and a key frame can be decoded by itself. Of
+# others (GIF, VP8, whose packets may be hidden frames) all is decoded.
+ONE_BY_ONE = {"h264", "hevc", "vp9", "av1", "mpeg4"}
 UNREADABLE = (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError)
+Result = TypeVar("Result")
 
 
-class VideoError(ValueError):
-    """A video that can't be read: one line with the path, what is wrong, and what to do."""
+class BadFile(ValueError):
+    """A file that can't be read: one line with the path, what is wrong, and what to do.
+
+    ``kind`` is "missing", "truncated", "undecodable" or "hanging".
+    """
+
+    def __init__(self, message: str, kind: str = "undecodable"):
+        super().__init__(message)
+        self.kind = kind
+
+
+class VideoError(BadFile):
+    """A video that can't be read."""
 
 
 class Video:
     """An open video: ``len(video)`` frames, ``video.frames(indices)`` decodes some of them.
 
-    Raises VideoError where the file is missing, no video, cut short, or without frames.
+    Its packets are read at once, and no frame is decoded before it is asked for. Raises VideoError
+    where the file is missing, no video, cut short, or without frames.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         if not self.path.is_file():
-            raise VideoError(f"{path}: no such video file; check the list and its root folder")
-        self._open(with_decord=decord is not None)
-
-    def _open(self, *, with_decord: bool) -> None:
-        """Index a long video with decord; decode any other whole, to YUV pictures."""
-        self._reader, self._pictures = None, []
+            raise VideoError(
+                f"{path}: no such video file; check the list and its root folder", "missing"
+            )
+        self._pictures: list[av.VideoFrame] = []
         try:
-            with av.open(str(self.path)) as container:
-                if not container.streams.video:
-                    raise VideoError(f"{self.path}: holds no video; remove it from the list")
-                stream = container.streams.video[0]
-                promised = stream.frames  # 0 where the header doesn't say: webm, mkv
-                long = with_decord and promised > SHORT
-                packets = [] if long else list(container.demux(stream))
-                if with_decord and max(promised, len(packets)) > SHORT:
-                    self._reader = _index(self.path, promised)
-                if self._reader is None:
-                    stream.codec_context.thread_count = 1
-                    packets = packets or list(container.demux(stream))
-                    pictures = [p for packet in packets for p in packet.decode()]
-                    self._pictures = [p for p in pictures if not p.is_corrupt]
-                share = _share(len(self), container, packets)
+            self._container = av.open(str(self.path))
+            if not self._container.streams.video:
+                raise VideoError(f"{self.path}: holds no video; remove it from the list")
+            self._stream = self._container.streams.video[0]
+            self._stream.codec_context.thread_count = 1
+            self._packets = [p for p in self._container.demux(self._stream) if p.size]
+            # By the header, 0 where it doesn't say. Discarded: before the start of a clip that was
+            # cut from a film without decoding it.
+            self.promised = self._stream.frames - sum(p.is_discard for p in self._packets)
+            self._times = self._shown()
+            if not self._times:
+                self._pictures = list(self._play())
         except (av.FFmpegError, OSError) as error:
             raise self._damaged(error.strerror or str(error)) from None
-        if len(self) == 0:
-            raise VideoError(f"{self.path}: holds no video frame; remove it from the list")
-        if share < WHOLE:
-            raise self._damaged(f"only {share:.0%} of it is there")
+        self._check_share(len(self))
 
     def __len__(self) -> int:
-        return len(self._reader if self._reader is not None else self._pictures)
+        return len(self._pictures or self._times)
 
     def frames(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """Decode the frames at ``indices`` (0 .. len - 1): uint8 (len(indices), H, W, 3)."""
@@ -81,46 +81,147 @@ class Video:
             raise VideoError(
                 f"{self.path}: frames {chosen.tolist()} asked for: choose from 0..{len(self) - 1}"
             )
-        if self._reader is not None:
-            try:
-                return self._reader.get_batch(chosen.tolist()).asnumpy()
-            except (decord.DECORDError, RuntimeError):
-                self._open(with_decord=False)  # reads it, or says what is wrong
-                if chosen.max() >= len(self):
-                    raise self._damaged(f"it ends after {len(self)} frames") from None
-        convert = VideoReformatter()
         unique, places = np.unique(chosen, return_inverse=True)
-        return np.stack([_pixels(self._pictures[i], convert) for i in unique])[places]
+        try:
+            pictures = self._decode(unique)
+        except (av.FFmpegError, OSError) as error:
+            raise self._damaged(error.strerror or str(error)) from None
+        self._check_sizes({(p.width, p.height) for p in pictures})
+        convert = VideoReformatter()
+        first = _pixels(pictures[0], convert)
+        pixels = np.empty((len(chosen), *first.shape), dtype=np.uint8)
+        for number, picture in enumerate(pictures):
+            pixels[places == number] = _pixels(picture, convert) if number else first
+        return pixels
 
-    def _damaged(self, reason: str) -> VideoError:
+    def count(self) -> int:
+        """Decode every frame, keep none, and count them. Raises VideoError as at opening."""
+        try:
+            sizes = [(p.width, p.height) for p in self._pictures or self._play()]
+        except (av.FFmpegError, OSError) as error:
+            raise self._damaged(error.strerror or str(error)) from None
+        self._check_share(len(sizes))
+        self._check_sizes(set(sizes))
+        return len(sizes)
+
+    def _shown(self) -> list[int]:
+        """List the times at which frames are shown; [] where the packets don't tell."""
+        packets = [p for p in self._packets if not (p.is_discard or p.is_corrupt)]
+        times = {p.pts for p in packets if p.pts is not None}
+        known = self._stream.codec_context.codec.canonical_name in ONE_BY_ONE
+        known = known and self._container.format.name != "avi"  # gives times of decoding
+        return sorted(times) if known and len(times) == len(packets) else []
+
+    def _decode(self, chosen: np.ndarray) -> list[av.VideoFrame]:
+        """Decode the frames at ``chosen``, all different, from the key frame before them on."""
+        if not self._pictures:
+            times = [self._times[i] for i in chosen]
+            wanted, first = set(times), min(times)
+            keys = (
+                i for i, p in enumerate(self._packets)
+                if p.is_keyframe and p.pts is not None and p.pts <= first
+            )  # fmt: skip
+            found: dict[int | None, av.VideoFrame] = {}
+            for picture in self._play(max(keys, default=0), wanted):
+                if picture.pts in wanted:
+                    found[picture.pts] = picture
+                    if len(found) == len(wanted):
+                        return [found[time] for time in times]
+            self._pictures = list(self._play())  # the packets told wrongly
+            if max(chosen) >= len(self._pictures):
+                raise self._damaged(f"it ends after {len(self._pictures)} frames", "truncated")
+        return [self._pictures[i] for i in chosen]
+
+    def _play(self, start: int = 0, wanted: set[int] | None = None) -> Iterator[av.VideoFrame]:
+        """Decode from packet ``start`` on, in the order shown.
+
+        Of H.264, frames at times not ``wanted`` may be left out where no other refers to them.
+        """
+        context = self._stream.codec_context
+        context.flush_buffers()
+        leave_out = wanted is not None and context.codec.canonical_name == "h264"
+        for packet in [*self._packets[start:], None]:
+            needed = not leave_out or packet is None or packet.pts in (wanted or ())
+            context.skip_frame = "DEFAULT" if needed else "NONREF"
+            yield from (p for p in context.decode(packet) if not p.is_corrupt)
+
+    def _check_share(self, held: int) -> None:
+        """Raise VideoError where ``held`` frames are none or too few."""
+        if not held:
+            raise VideoError(f"{self.path}: holds no video frame; remove it from the list")
+        share = held / self.promised if self.promised > 0 else self._seconds_share()
+        if share < WHOLE:
+            raise self._damaged(f"only {share:.0%} of it is there", "truncated")
+
+    def _seconds_share(self) -> float:
+        """Say how much of the seconds that the header promises is there."""
+        begin, seconds = (
+            (t or 0) / av.time_base for t in (self._container.start_time, self._container.duration)
+        )
+        ends = [p.pts + (p.duration or 0) for p in self._packets if p.pts is not None]
+        end = max(ends, default=0) * float(self._stream.time_base or 0)
+        return (end - begin) / seconds if seconds else 1.0
+
+    def _check_sizes(self, sizes: set[tuple[int, int]]) -> None:
+        if len(sizes) > 1:
+            raise self._damaged(f"frames of several sizes, {sizes}")
+
+    def _damaged(self, reason: str, kind: str = "undecodable") -> VideoError:
         return VideoError(
             f"{self.path}: is no video, damaged or cut short ({reason}); copy it again or remove "
-            "it from the list"
+            "it from the list",
+            kind,
         )
 
 
-def _index(path: Path, promised: int):
-    """Open a video with decord; None where it can't (GIF, AV1) or where frames are missing.
+def within(
+    seconds: float, work: Callable[[], Result], path: Path, late: type[BadFile] = BadFile
+) -> Result:
+    """Do ``work`` on a file in a thread that is given up after ``seconds`` (0: never).
 
-    decord makes up what it can't decode at the end of a cut file; PyAV says so.
+    FFmpeg and Pillow let other threads run while they read and decode, so that a stalled disk or
+    an endless loop in a decoder is noticed; it keeps its thread and memory. Not caught: a decoder
+    that crashes, which ends its process (``check_data`` finds it). Costs about 0.1 ms.
+    Raises ``late`` where the time is over, else what ``work`` raises.
     """
-    try:
-        reader = decord.VideoReader(str(path), num_threads=1)
-    except (decord.DECORDError, RuntimeError):
-        return None
-    return reader if promised in (0, len(reader)) else None
+    if not seconds:
+        return work()
+    outcome: list[tuple[Result | None, BaseException | None]] = []
+
+    def run() -> None:
+        try:
+            outcome.append((work(), None))
+        except BaseException as error:
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not outcome:
+        raise late(
+            f"{path}: not read after {seconds:g} s; copy it again, remove it from the list, or set "
+            "a longer --data.timeout",
+            "hanging",
+        )
+    result, error = outcome[0]
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
 
 
-def _share(held: int, container: av.container.InputContainer, packets: list[av.Packet]) -> float:
-    """Say how much of the frames, or else of the seconds, the header promises is there."""
-    stream = container.streams.video[0]
-    if stream.frames:
-        # Discarded: before the start of a clip that was cut from a film without decoding it.
-        return held / max(stream.frames - sum(p.is_discard for p in packets), 1)
-    begin, seconds = ((t or 0) / av.time_base for t in (container.start_time, container.duration))
-    ends = [p.pts + (p.duration or 0) for p in packets if p.pts is not None]
-    end = max(ends, default=0) * float(stream.time_base or 0)
-    return (end - begin) / seconds if seconds else 1.0
+def read_frames(
+    path: Path, choose: Callable[[int], Sequence[int] | np.ndarray], timeout: float = 0.0
+) -> np.ndarray:
+    """Decode the frames ``choose(number of frames)`` of a video: uint8 (T, H, W, 3).
+
+    Raises VideoError for a file that can't be decoded, or not within ``timeout`` seconds (0: any).
+    """
+
+    def work() -> np.ndarray:
+        video = Video(path)
+        return video.frames(choose(len(video)))
+
+    return within(timeout, work, path, VideoError)
 
 
 def _pixels(picture: av.VideoFrame, convert: VideoReformatter) -> np.ndarray:
@@ -170,7 +271,7 @@ def write_video(path: str | Path, frames: np.ndarray, *, fps: int = 8, crf: int 
 def read_image(path: str | Path) -> np.ndarray:
     """Read a picture file: uint8 (1, H, W, 3), turned as its EXIF data say.
 
-    Raises ValueError where it is missing, no picture, or cut short. (Pillow: the same pixels as
+    Raises BadFile where it is missing, no picture, or cut short. (Pillow: the same pixels as
     OpenCV, which up to version 4 fills what is missing with grey.)
     """
     try:
@@ -178,8 +279,10 @@ def read_image(path: str | Path) -> np.ndarray:
             return np.array(ImageOps.exif_transpose(picture).convert("RGB"))[None]
     except UNREADABLE as error:
         reason = getattr(error, "strerror", None) or "of another kind, damaged or cut short"
-        raise ValueError(
-            f"{path}: is no readable picture ({reason}); copy it again or remove it"
+        kind = "truncated" if "truncated" in str(error) else "undecodable"  # Pillow's word
+        kind = "missing" if isinstance(error, FileNotFoundError) else kind
+        raise BadFile(
+            f"{path}: is no readable picture ({reason}); copy it again or remove it", kind
         ) from None
 
 

@@ -1,7 +1,9 @@
 """Figures for the notebooks. Every function returns the figure or the arrays it shows."""
 
 import io
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,6 +16,7 @@ from bevt_lib.masking import mask_in_time
 from bevt_lib.metrics import smooth
 
 GREY = np.array([128, 128, 128], dtype=np.uint8)
+Curve = tuple[np.ndarray, np.ndarray]  # steps int64, values float64
 
 
 def enlarge(cells: np.ndarray, size: int) -> np.ndarray:
@@ -104,6 +107,77 @@ def show_curves(
     axis.set_xlabel(f"step (mean of the last {window})")
     axis.set_ylabel(ylabel)
     axis.legend(fontsize=8)
+    figure.tight_layout()
+    plt.close(figure)
+    return figure
+
+
+def read_run(folder: str | Path) -> dict[str, Curve]:
+    """Read every number of a run's metrics.jsonl: {"video/loss": (steps, values), ...}.
+
+    A number may stand at some steps only ("val/top1"). A line that is torn, because the run was
+    killed or is writing it, is passed over. Raises ValueError where no step is recorded.
+    """
+    path = Path(folder) / "metrics.jsonl"
+    columns: dict[str, dict[int, float]] = {}
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        step = entry.pop("step")
+        for name, value in entry.items():
+            columns.setdefault(name, {})[step] = value
+    if not columns:
+        raise ValueError(f"{folder} holds no record of a run: no step in {path.name}")
+    return {
+        name: (np.array(list(found), dtype=np.int64), np.array(list(found.values()), dtype=float))
+        for name, found in columns.items()
+    }
+
+
+def tell_run(folder: str | Path, window: int = 25, points: str = "val/top1") -> str:
+    """Sum a run up in one line: steps, each stream's loss at both ends, the best validation.
+
+    The losses are means of the first and the last ``window`` steps.
+    """
+    run = read_run(folder)
+    losses = [name for name in run if name.endswith("/loss") and not name.startswith("val/")]
+    parts = [f"{Path(folder).name}: {run[losses[0]][0][-1] + 1} steps"]
+    for name in losses:
+        values = run[name][1]
+        parts.append(f"{name} {values[:window].mean():.3f} -> {values[-window:].mean():.3f}")
+    if points in run:
+        steps, values = run[points]
+        parts.append(f"best {points} {values.max():.3f} at step {steps[values.argmax()]}")
+    return ", ".join(parts)
+
+
+def show_runs(
+    folders: Sequence[str | Path], *, window: int = 25, points: str = "val/top1"
+) -> Figure:
+    """Draw the losses of runs over steps, a colour a run and a dash a stream, and validations.
+
+    Losses are averaged over a trailing window; ``points`` are marked on an axis of their own, on
+    the right. Runs may differ in length and streams. See :func:`read_run` for what is read.
+    """
+    figure, axis = plt.subplots(figsize=(7, 3.5))
+    right = None
+    for number, folder in enumerate(folders):
+        run, label, colour = read_run(folder), Path(folder).name, f"C{number}"
+        losses = [name for name in run if name.endswith("/loss") and not name.startswith("val/")]
+        for dash, name in zip(("-", "--", ":"), losses, strict=False):
+            steps, values = run[name]
+            stream = name.removesuffix("/loss")
+            axis.plot(steps, smooth(values, window), dash, color=colour, label=f"{label}: {stream}")
+        if points in run:
+            right = right or axis.twinx()
+            right.plot(*run[points], "o", color=colour, label=f"{label}: {points}")
+            right.set_ylabel(points)
+    axis.set_xlabel(f"step (mean of the last {window})")
+    axis.set_ylabel("loss (nats)")
+    handles = [h for a in (axis, right) if a for h in a.get_legend_handles_labels()[0]]
+    axis.legend(handles=handles, fontsize=8)
     figure.tight_layout()
     plt.close(figure)
     return figure

@@ -8,10 +8,6 @@ names a file uses is told by :mod:`bevt_lib.formats`, so that ``read_weights`` t
 import argparse
 import json
 import os
-import pickle
-import re
-import warnings
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bevt_lib.bevt import BEVT, Classifier
+from bevt_lib.files import read_pickle
 from bevt_lib.formats import Recognised, State, recognise, window_of
 from bevt_lib.swin import Size3
 from bevt_lib.terms import Views
@@ -72,19 +69,7 @@ def read_file(path: Path) -> Mapping[str, Any]:
                 f"{path} is not a readable safetensors file nor a torch pickle ({error}): look "
                 "whether a web page or a log was saved under that name"
             ) from None
-    try:
-        with torch.serialization.safe_globals(harmless_classes()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a pickle protocol that the next line refuses
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        asked = re.search(r"GLOBAL (\S+)|(?:global|class|type) `?([\w.]+\.[\w.]+)", str(error))
-        name = next((g for g in asked.groups() if g), "") if asked else ""
-        what = f"asks for {name}" if name else "is not one that torch writes"
-        raise ValueError(f"{path} is refused: its pickle {what}, and only tensors and plain values "
-                         "are read") from None  # fmt: skip
-    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, OSError) as error:
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else "it ends early"
-        raise ValueError(f"{path} is damaged or no PyTorch checkpoint ({reason})") from None
+    content = read_pickle(path, harmless_classes())
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, no state dict")
     return content
@@ -216,8 +201,10 @@ def _start(
         else:
             value, fate, why = _fit(name, state[source].float(), own, source, model, flat)
             if value.shape != own.shape:
+                fix = "; --tokens.weights must name the tokenizer that they were made with"
                 raise ValueError(f"the weights to start from don't fit: {source} has shape "
-                                 f"{tuple(value.shape)}, expected {tuple(own.shape)}")  # fmt: skip
+                                 f"{tuple(value.shape)}, expected {tuple(own.shape)}"
+                                 f"{fix if name.startswith('token_head.') else ''}")  # fmt: skip
             report.put(fate, name, why)
             chosen[name] = value
             used.add(source)

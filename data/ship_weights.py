@@ -3,9 +3,9 @@
     python data/ship_weights.py RUN_FOLDER NAME "COMMAND"
 
 Writes weights/NAME.safetensors and weights/NAME.json beside this file. Matrices are stored as 8-bit
-floats (float8_e4m3fn), the tokenizer's as 16-bit; the shipped file is what notebooks and tests use
+floats (float8_e4m3fn), tokenizers' as 16-bit; the shipped file is what notebooks and tests use
 and what the next stage starts from. The JSON holds the command, the configuration, the losses of
-the first 20 steps, the curve, and the SHA-256 of every source picture and film of the training
+the first 20 steps, the curves, and the SHA-256 of every source picture and film of the training
 split.
 """
 
@@ -18,8 +18,7 @@ import torch
 
 from bevt_lib import checkpoint, synthetic
 from bevt_lib.presets import TRAIN_TOKENIZER
-from bevt_lib.tokenizer import save_tokenizer
-from bevt_lib.train_tokenizer import build_model
+from bevt_lib.train_tokenizer import build_model, save
 from bevt_lib.weights import read_weights, save_weights
 
 CURVE_STEP = 25  # steps averaged into one point of the curve
@@ -34,11 +33,12 @@ def main(run: Path, name: str, command: str) -> None:
     if name in TRAIN_TOKENIZER:
         model = build_model(TRAIN_TOKENIZER[name]())
         model.load_state_dict(state)
-        save_tokenizer(model.encoder, model.decoder, target, torch.float16)
+        save(model.tokenizer(), target, torch.float16)
     else:
         save_weights(state, target, torch.float8_e4m3fn)
     history = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    keys = [k for k in history[0] if k.endswith(("loss", "accuracy", "mse"))]
+    kinds = ("loss", "accuracy", "mse", "perceptual", "perplexity")
+    keys = [k for k in history[0] if k.endswith(kinds)]
     curve = {
         key: [
             round(sum(e[key] for e in part) / len(part), 4)
@@ -54,6 +54,11 @@ def main(run: Path, name: str, command: str) -> None:
         "first_losses": [entry["loss"] for entry in history[:20]],
         "curve_step": CURVE_STEP,
         "curve": curve,
+        "held_out": [
+            {k: v for k, v in e.items() if k == "step" or k.startswith("val/")}
+            for e in history
+            if any(k.startswith("val/") for k in e)
+        ],
         "training_files": {
             path.relative_to(synthetic.data_folder()).as_posix(): sha256(path)
             for path in training_files(with_film=name in TRAIN_TOKENIZER)

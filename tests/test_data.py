@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bevt_lib import synthetic
-from bevt_lib.datasets import read_list
+from bevt_lib.lists import read_list
 from bevt_lib.synthetic import CLIPS, KINDS, MOTIONS, draw_scene, labels, render, render_clip
 from bevt_lib.video import Video
 

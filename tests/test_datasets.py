@@ -1,28 +1,30 @@
 """Lists, samples and positions: keyed, complete, and clear about bad input."""
 
 import pickle
+import time
 from dataclasses import replace
 from functools import partial
 
+import av
+import cv2
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from bevt_lib import augment, finetune, synthetic
+from bevt_lib import augment, finetune, synthetic, video
 from bevt_lib.config import override
 from bevt_lib.datasets import (
-    Entry,
+    REPLACEMENTS,
     LabelledClips,
     Pictures,
     Positions,
     PretrainClips,
     PretrainImages,
-    read_image_folder,
-    read_list,
     step_batches,
 )
+from bevt_lib.lists import Entries, Entry, read_image_folder, read_list
 from bevt_lib.presets import paper_diving48, paper_k400, paper_ssv2
 from bevt_lib.pretrain import hide_blocks, hide_tubes
 from bevt_lib.seeds import Stream
@@ -154,7 +156,7 @@ def test_an_image_folder_without_pictures_is_refused(tmp_path):
 
 
 def test_a_missing_video_is_named(clips, tmp_path):
-    clips.entries[0] = clips.entries[0]._replace(path=tmp_path / "gone.mp4")
+    clips.entries = [Entry(tmp_path / "gone.mp4", 0)]
     with pytest.raises(VideoError, match=r"gone\.mp4"):
         clips.sample(0, 0)
 
@@ -350,6 +352,183 @@ def test_a_bad_file_in_a_worker_ends_in_its_own_line(clips, tmp_path):
     with pytest.raises(ValueError) as error:
         list(loader)
     assert "gone.mp4: no such video file; check" in str(error.value).strip().splitlines()[-1]
+
+
+def keyed(purpose, *key):
+    """The generator of a key, written out."""
+    return np.random.default_rng(np.random.SeedSequence([0, purpose, *key]))
+
+
+@pytest.fixture
+def one_bad(folder, clips, tmp_path):
+    """Ten good clips and, in their middle, one whose file is gone."""
+    entries = read_list(folder / "how_val.txt", folder)[:10]
+    clips.entries = [*entries[:5], Entry(tmp_path / "gone.mp4", 5), *entries[5:]]
+    return clips
+
+
+def test_a_bad_file_is_replaced_in_a_keyed_way(one_bad, capfd):
+    positions = Positions(one_bad, seed=0, stream=Stream.VIDEO)
+    replaced = 0
+    for position in range(33):  # three epochs
+        epoch, index = positions.index_at(position)
+        sample = positions[position]
+        if index == 5:
+            index = (5 + int(keyed(8, Stream.VIDEO, position, 0).integers(1, 11))) % 11
+            replaced += 1
+            line = capfd.readouterr().err
+            assert line.count("\n") == 1 and line.startswith("bad file: ")
+            assert "gone.mp4: no such video file" in line
+            assert line.endswith(f"instead of it: {one_bad.entries[index].path}\n")
+            assert sample["replaced"] == 1
+        else:
+            assert sample["replaced"] == 0
+        assert sample["position"] == position and same(one_bad.sample(epoch, index), sample)
+    assert replaced == 3 and capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_replacements_depend_on_neither_workers_nor_resume(one_bad, workers):
+    positions = Positions(one_bad, seed=0, stream=Stream.VIDEO)
+    expected = [positions[p] for p in range(24)]
+    for start in (0, 8):  # anew, and as a run that goes on at position 16
+        loader = DataLoader(
+            Positions(one_bad, seed=0, stream=Stream.VIDEO), num_workers=workers,
+            batch_sampler=list(step_batches(start, 12, 2, 0, 1, 2)),
+        )  # fmt: skip
+        batches = list(loader)
+        assert sum(int(b["replaced"].sum()) for b in batches) >= 1
+        for number, batch in enumerate(batches, start):
+            for key in ("pixels", "view", "mask", "position", "replaced"):
+                mine = np.stack([expected[2 * number + i][key] for i in (0, 1)])
+                assert np.array_equal(batch[key].numpy(), mine)
+
+
+def test_good_files_are_never_replaced(clips, capfd):
+    positions = Positions(clips, seed=0, stream=Stream.VIDEO)
+    assert not any(positions[p]["replaced"] for p in range(0, 300, 9))
+    assert capfd.readouterr().err == ""
+
+
+def test_where_all_files_are_bad_the_last_error_is_raised(clips, tmp_path, capfd):
+    clips.entries = [Entry(tmp_path / f"gone{i}.mp4", -1) for i in range(20)]
+    with pytest.raises(VideoError, match=r"gone\d+\.mp4: no such video file"):
+        Positions(clips, seed=0, stream=Stream.VIDEO)[0]
+    assert capfd.readouterr().err.count("\n") == REPLACEMENTS
+
+
+@pytest.mark.parametrize("error", [TypeError("a bug"), ValueError("a wrong setting")])
+def test_other_errors_than_bad_files_are_raised(one_bad, monkeypatch, error):
+    def fail(*arguments, **settings):
+        raise error
+
+    monkeypatch.setattr(augment, "pretraining_views", fail)
+    with pytest.raises(type(error), match=str(error)):
+        Positions(one_bad, seed=0, stream=Stream.VIDEO)[0]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_decoder_that_hangs_is_timed_out(one_bad, tmp_path, monkeypatch, capfd, workers):
+    frames = video.Video.frames
+
+    def hang(film, indices):
+        if film.path.name == "hangs.mp4":
+            time.sleep(30)
+        return frames(film, indices)
+
+    monkeypatch.setattr(video.Video, "frames", hang)
+    (tmp_path / "hangs.mp4").write_bytes(one_bad.entries[0].path.read_bytes())
+    one_bad.entries[5] = Entry(tmp_path / "hangs.mp4", 5)
+    one_bad.timeout = 0.5
+    positions = Positions(one_bad, seed=0, stream=Stream.VIDEO)
+    began = time.monotonic()
+    loader = DataLoader(positions, num_workers=workers, batch_sampler=[[p] for p in range(11)],
+                        worker_init_fn=augment.one_thread)  # fmt: skip
+    assert sum(int(batch["replaced"]) for batch in loader) == 1
+    assert time.monotonic() - began < 15
+    assert "hangs.mp4: not read after 0.5 s" in capfd.readouterr().err
+
+
+def test_packed_entries_are_the_entries(tmp_path):
+    (tmp_path / "list.txt").write_text("a b/é.mp4 3\n/else/ñ.mp4 -1\nc.mp4 0\n")
+    entries = read_list(tmp_path / "list.txt", tmp_path, labelled=False)
+    packed = pickle.loads(pickle.dumps(Entries(entries)))
+    assert list(packed) == entries and len(packed) == 3 and not len(Entries([]))
+    assert packed[-1] == entries[-1] and packed[1:] == entries[1:] and packed[::-2] == entries[::-2]
+    assert packed[0].path == tmp_path / "a b" / "é.mp4"
+    for outside in (3, -4):
+        with pytest.raises(IndexError):
+            packed[outside]
+
+
+@pytest.fixture(scope="module")
+def kinetics_film(tmp_path_factory):
+    """A film of 340x256 as Kinetics is re-encoded: moving, grained, with B-frames."""
+    path = tmp_path_factory.mktemp("films") / "film.mp4"
+    rng = np.random.default_rng(0)
+    large = cv2.resize(rng.integers(0, 256, (6, 9, 3)).astype(np.uint8), (400, 256))
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 340, 256, "yuv420p"
+        for number in range(150):
+            grain = rng.integers(-5, 6, (256, 340, 1))
+            picture = np.clip(np.roll(large, number, 1)[:, :340] + grain, 0, 255).astype(np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    with av.open(str(path)) as container:
+        every = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+    return path, every
+
+
+def test_pretraining_samples_equal_a_slow_plain_version(kinetics_film):
+    """All frames decoded, all resized whole, then cut, mirrored and shrunk one by one."""
+    path, every = kinetics_film
+    items = PretrainClips([Entry(path, -1)], frames=16, interval=8, size=224, short=(256, 320),
+                          view_size=112, mask=lambda rng: 0, seed=0, timeout=60)  # fmt: skip
+    flips = 0
+    for epoch in range(6):
+        rng = keyed(1, Stream.VIDEO, epoch, 0)
+        frames = every[rng.integers(0, 150 - 16 * 8 + 1) + 8 * np.arange(16)]
+        rng = keyed(2, Stream.VIDEO, epoch, 0)
+        short = int(rng.integers(256, 321))
+        width = int(340 * short / 256 + 0.5)
+        top, left = rng.integers(0, short - 224 + 1), rng.integers(0, width - 224 + 1)
+        flipped = rng.random() < 0.5
+        flips += flipped
+        sample = items.sample(epoch, 0)
+        for frame, mine, small in zip(frames, sample["pixels"], sample["view"], strict=True):
+            large = cv2.resize(frame, (width, short), interpolation=cv2.INTER_CUBIC)
+            cut = large[top : top + 224, left : left + 224]
+            cut = np.ascontiguousarray(cut[:, ::-1] if flipped else cut)
+            assert np.array_equal(mine, cut)
+            shrunk = cv2.resize(cut, (112, 112), interpolation=cv2.INTER_LANCZOS4)
+            assert np.array_equal(small, shrunk)
+    assert 0 < flips < 6
+
+
+def test_fine_tuning_samples_equal_a_slow_plain_version(kinetics_film):
+    path, every = kinetics_film
+    items = LabelledClips([Entry(path, 7)], frames=32, interval=2, size=224, short=(256, 256),
+                          seed=0, train=True, flip=True, timeout=60)  # fmt: skip
+    for epoch in range(6):
+        rng = keyed(1, Stream.VIDEO, epoch, 0)
+        frames = every[rng.integers(0, 150 - 32 * 2 + 1) + 2 * np.arange(32)]
+        rng = keyed(2, Stream.VIDEO, epoch, 0)
+        rng.integers(256, 257)
+        while True:
+            area = rng.uniform(0.08, 1.0) * 256 * 340
+            aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+            wide, high = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
+            if wide <= 340 and high <= 256:
+                break
+        top, left = rng.integers(0, 256 - high + 1), rng.integers(0, 340 - wide + 1)
+        flipped = rng.random() < 0.5
+        sample = items.sample(epoch, 0)
+        assert sample["label"] == 7
+        for frame, mine in zip(frames, sample["pixels"], strict=True):
+            cut = np.ascontiguousarray(frame[top : top + high, left : left + wide])
+            small = cv2.resize(cut, (224, 224), interpolation=cv2.INTER_LINEAR)
+            assert np.array_equal(mine, small[:, ::-1] if flipped else small)
 
 
 def test_a_run_that_starts_later_sees_the_same_tail():

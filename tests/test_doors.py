@@ -17,6 +17,7 @@ def run(*arguments, **environment):
                           env=os.environ | environment)  # fmt: skip
 
 
+WEIGHTS = str(synthetic.data_folder() / "weights" / "lesson_joint.safetensors")
 REFUSALS = {
     "unknown preset": (["bevt_lib.pretrain", "lesson_imge"], "did you mean lesson_image"),
     "misspelt override": (
@@ -26,12 +27,16 @@ REFUSALS = {
     "impossible value": (["bevt_lib.finetune", "lesson_how", "--optim.lr", "-1"], "positive"),
     "wrong image size": (
         ["bevt_lib.pretrain", "lesson_image", "--data.size", "100"], "multiple of 32"),
-    "missing start": (["bevt_lib.pretrain", "paper_joint"], "--run.init"),
+    "missing tokenizer": (["bevt_lib.pretrain", "paper_joint"], "with --tokens.weights"),
     "missing start for fine-tuning": (["bevt_lib.finetune", "paper_ssv2"], "--run.init FILE"),
     "missing weights": (
         ["bevt_lib.pretrain", "lesson_joint", "--run.init", "nowhere.safetensors"], "no weights"),
     "missing list": (
         ["bevt_lib.finetune", "paper_k400", "--run.init", "scratch"], "--data.video-list"),
+    "no model to evaluate": (["bevt_lib.evaluate", "paper_k400"], "--run.init MODEL"),
+    "another model to evaluate": (
+        ["bevt_lib.evaluate", "lesson_how", "--run.init", WEIGHTS], "missing 6 (head.bias"),
+    "missing start of a small stage": (["bevt_lib.pretrain", "small_joint"], "--run.init FILE"),
     "missing pictures": (
         ["bevt_lib.pretrain", "lesson_image", "--data.image-root", "nowhere"], "no pictures"),
     "uneven batch": (
@@ -65,10 +70,12 @@ def test_a_bad_video_in_a_loader_process_ends_in_one_line(tmp_path):
 
 PLANS = {
     "paper_image": ("bevt_lib.pretrain", "2048 images"),
-    "paper_joint": ("bevt_lib.pretrain", "416.95 G tokenizer"),
+    "paper_joint": ("bevt_lib.pretrain", "312.71 G tokenizer on about 12 frames"),
     "paper_k400": ("bevt_lib.finetune", "281.92 G by fvcore"),
     "paper_ssv2": ("bevt_lib.finetune", "320.95 G by fvcore"),
     "lesson_joint": ("bevt_lib.pretrain", "weights/lesson_image.safetensors"),
+    "small_joint": ("bevt_lib.pretrain", "64 videos + 64 images"),
+    "small_what": ("bevt_lib.finetune", "every 5 epochs"),
 }
 
 

@@ -28,20 +28,10 @@ from bevt_lib.optim import (
 from bevt_lib.presets import FINETUNE, paper_joint
 
 SCRIPT = Path(tiny_run.__file__)
-RUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
-def command(folder, steps, *options, processes=0):
-    start = [*RUN, f"--nproc-per-node={processes}"] if processes else [sys.executable]
-    return [*start, str(SCRIPT), str(folder), str(steps), *options]
-
-
-def launch(*args, processes=0, **kwargs):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command(*args, processes=processes), capture_output=True, text=True,
-                            env=environment, timeout=300, **kwargs)  # fmt: skip
-    assert result.returncode == 0, result.stderr[-2000:]
-    return json.loads(result.stdout.strip().splitlines()[-1])
+def command(folder, steps, *options):
+    return [sys.executable, str(SCRIPT), str(folder), str(steps), *options]
 
 
 @pytest.fixture(scope="module")
@@ -70,45 +60,18 @@ def test_a_resumed_run_is_the_uninterrupted_one(whole, tmp_path):
     assert [e["step"] for e in written] == list(range(24))
 
 
-def test_accumulation_changes_nothing_but_rounding(whole):
-    accumulated = tiny_run.run("", 24, micro=2)
-    assert np.allclose(losses(accumulated), losses(whole[0]), rtol=1e-3)
-    assert np.allclose(losses(accumulated)[:3], losses(whole[0])[:3], rtol=1e-5)
-
-
 @pytest.mark.slow
-def test_two_and_three_processes_see_and_learn_the_same(whole, tmp_path):
-    curve = losses(whole[0])
-    for processes in (2, 3):
-        spread = launch(tmp_path / str(processes), 24, processes=processes)
-        assert np.allclose(spread, curve, rtol=1e-3), (spread, curve)
-        assert np.allclose(spread[:3], curve[:3], rtol=1e-5)
-
-
-@pytest.mark.slow
-def test_a_run_begun_on_one_process_continues_on_two(whole, tmp_path):
-    tiny_run.run(str(tmp_path), 24, stop_after=9)
-    continued = launch(tmp_path, 24, processes=2)
-    assert np.allclose(continued, losses(whole[0]), rtol=1e-3)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_run_continues_where_it_was(whole, tmp_path, number):
-    """SIGKILL loses at most the steps since the last save; SIGTERM saves and exits 0."""
+def test_sigterm_saves_and_ends_well(whole, tmp_path):
+    """Kills, and signals to processes of torchrun, are in ``test_resume.py``."""
     metrics = tmp_path / "metrics.jsonl"
-    child = subprocess.Popen(command(tmp_path, 24, "--save-every", "3"),
+    child = subprocess.Popen(command(tmp_path, 24, "--save-every", "9"),
                              env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
-    deadline = time.time() + 120
-    while time.time() < deadline and child.poll() is None:
-        if metrics.exists() and len(metrics.read_text().splitlines()) >= 7:
-            break
+    while child.poll() is None and not (metrics.exists() and len(metrics.open().readlines()) >= 4):
         time.sleep(0.01)
-    child.send_signal(number)
-    status = child.wait(timeout=60)
-    assert status == (0 if number == signal.SIGTERM else -signal.SIGKILL)
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(timeout=60) == 0
     found = checkpoint.latest(tmp_path)
-    assert found is not None and int(found.name[5:]) >= 6
+    assert found is not None and int(found.name[5:]) == len(metrics.open().readlines()) < 24
     assert losses(tiny_run.run(str(tmp_path), 24, save_every=3)) == losses(whole[0])
 
 
@@ -214,20 +177,11 @@ def test_a_run_without_an_average_is_not_continued_with_one(whole):
 
 
 @pytest.mark.slow
-def test_an_average_begun_on_one_process_continues_on_two(averaged, tmp_path):
-    """The script itself checks that both processes end with the same model."""
-    tiny_run.run(str(tmp_path), 12, ema=0.3, stop_after=5)
-    launch(tmp_path, 12, "--ema", "0.3", processes=2)
-    found = load_file(checkpoint_at(tmp_path, 12) / "ema.safetensors")
-    for name, value in averaged[0].state_dict().items():
-        assert torch.allclose(found[name], value, rtol=1e-3, atol=1e-4), name
-
-
-@pytest.mark.slow
 def test_fine_tuning_is_scored_on_the_average(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(finetune, "score", lambda recipe, model, **_: seen.append(model))
-    options = "--optim.ema .5 --optim.clips 2 --run.stop-after 2 --data.workers 0 --run.folder"
+    options = "--optim.ema .5 --optim.clips 2 --run.stop-after 2 --run.test-clips 1 "
+    options += "--data.workers 0 --run.folder"
     finetune.main(["lesson_how", *options.split(), str(tmp_path)])
     assert holds(seen[0], load_file(checkpoint_at(tmp_path, 2) / "ema.safetensors"))
     assert not holds(seen[0], load_file(checkpoint_at(tmp_path, 2) / "model.safetensors"))
@@ -377,7 +331,7 @@ def test_adamw_state_survives_a_checkpoint(tmp_path):
         models[0](torch.ones(2, 4)).square().sum().backward()
         optimizers[0].step()
     folder = checkpoint.save(tmp_path, 3, models[0], optimizers[0], {}, keep=2)
-    assert checkpoint.load(folder, models[1], optimizers[1], {}) == 3
+    assert checkpoint.load(folder, models[1], optimizers[1], {})["step"] == 3
     for model, optimizer in zip(models, optimizers, strict=True):
         optimizer.zero_grad()
         model(torch.ones(2, 4)).square().sum().backward()

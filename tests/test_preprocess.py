@@ -14,7 +14,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as tv
 
 from bevt_lib import augment
-from bevt_lib.tokenizer import to_unit
+from bevt_lib.dalle import to_unit
 
 GOLDEN = pytest.mark.skipif("preprocess" not in CASES, reason="no preprocessing numbers here")
 

@@ -1,8 +1,12 @@
 """Reading and writing video and pictures; bad files end in one clear line."""
 
+import os
 import re
 import struct
+import threading
+import time
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import cv2
@@ -14,13 +18,16 @@ from PIL import Image
 from bevt_lib import video
 from bevt_lib.synthetic import data_folder
 from bevt_lib.video import (
+    BadFile,
     Video,
     VideoError,
+    read_frames,
     read_image,
     sample_frames,
     segments,
     test_frames,
     uniform_frames,
+    within,
     write_video,
 )
 
@@ -50,8 +57,7 @@ def test_the_same_frames_give_the_same_bytes(tmp_path, clip):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4", "b.mp4"]
 
 
-@pytest.mark.skipif(video.decord is None, reason="decord has no wheel for this machine")
-def test_decord_and_pyav_agree_bit_by_bit():
+def test_a_film_is_read_as_by_a_plain_pyav_loop():
     chosen = [0, 5, 17, 3]
     with av.open(str(FILM)) as container:
         every = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
@@ -175,20 +181,123 @@ def pan():
     return np.stack([np.roll(picture, 2 * i, axis=1) for i in range(100)])
 
 
-@pytest.mark.skipif(video.decord is None, reason="decord has no wheel for this machine")
 @pytest.mark.parametrize("length", [16, 100])
 @pytest.mark.parametrize("gop", ["1", "12", "250"])
-def test_all_readers_give_the_same_pixels(tmp_path, pan, monkeypatch, length, gop):
-    """Whole or through an index, in any order, with repetitions, whatever the key frames."""
+def test_decord_gives_the_same_pixels(tmp_path, pan, length, gop):
+    """In any order, with repetitions, whatever the key frames."""
+    decord = pytest.importorskip("decord")  # has no wheel for some machines
     encode(tmp_path / "a.mp4", pan[:length], options={"g": gop})
     chosen = [length - 1, 0, 3, 3, length // 2, 1]
     expected = five_line_decode(tmp_path / "a.mp4", chosen)
-    reader = video.decord.VideoReader(str(tmp_path / "a.mp4"), num_threads=1)
+    reader = decord.VideoReader(str(tmp_path / "a.mp4"), num_threads=1)
     assert np.array_equal(reader.get_batch(chosen).asnumpy(), expected)
-    assert np.array_equal(Video(tmp_path / "a.mp4").frames(chosen), expected)
-    monkeypatch.setattr(video, "decord", None)  # as where it has no wheel
     film = Video(tmp_path / "a.mp4")
     assert len(film) == length and np.array_equal(film.frames(chosen), expected)
+    assert np.array_equal(film.frames(chosen[::-1]), expected[::-1])  # once more
+
+
+X264 = [
+    "bframes=8:b-pyramid=normal:ref=6:keyint=40", "b-pyramid=strict:bframes=5", "bframes=0",
+    "open-gop=1:keyint=20", "intra-refresh=1:keyint=30", "interlaced=1:tff=1", "weightp=2:slices=4",
+]  # fmt: skip
+KINDS = [("a.mp4", "libx264", {"x264-params": params}) for params in X264]
+KINDS += [
+    ("a.mkv", "libx264", {"x264-params": "open-gop=1:keyint=20"}),
+    ("a.ts", "libx264", {"x264-params": "interlaced=1:keyint=30"}),
+    ("a.avi", "libx264", {"bf": "2"}),  # gives times of decoding
+    ("a.mp4", "libx265", {"x265-params": "keyint=30:bframes=4:log-level=none"}),
+    ("a.mp4", "mpeg4", {"bf": "2", "g": "15"}),
+    ("a.webm", "libvpx-vp9", {"deadline": "good", "cpu-used": "5", "auto-alt-ref": "1", "g": "40"}),
+    ("a.webm", "libvpx", {"deadline": "good", "cpu-used": "5", "auto-alt-ref": "1"}),
+    ("a.mkv", "ffv1", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "codec", "options"), KINDS, ids=lambda v: str(v)[:40])
+def test_frames_that_are_left_out_change_no_other(tmp_path, pan, name, codec, options):
+    """Every kind of frame dependence and key frame, against decoding all."""
+    if codec not in av.codecs_available:
+        pytest.skip(f"PyAV comes without {codec}")
+    encode(tmp_path / name, pan, codec, options)
+    every = five_line_decode(tmp_path / name, range(100))
+    film, rng = Video(tmp_path / name), np.random.default_rng(0)
+    assert len(film) == film.count() == 100
+    for number in range(20):
+        first, step = rng.integers(0, 100), rng.integers(1, 9)
+        chosen = (first + step * np.arange(1 + number)) % 100
+        assert np.array_equal(film.frames(chosen), every[chosen])
+        assert np.array_equal(Video(tmp_path / name).frames(chosen), every[chosen])
+
+
+def test_frames_not_asked_for_are_neither_converted_nor_all_decoded(tmp_path, pan, monkeypatch):
+    encode(tmp_path / "a.mp4", pan, options={"x264-params": "keyint=20:scenecut=0"})
+    film, converted, decoded = Video(tmp_path / "a.mp4"), [], []
+    pixels, play = video._pixels, Video._play
+    monkeypatch.setattr(video, "_pixels", lambda *a: converted.append(1) or pixels(*a))
+    monkeypatch.setattr(Video, "_play", lambda *a: (decoded.append(p.pts) or p for p in play(*a)))
+    film.frames([70, 50, 90, 70])
+    assert len(converted) == 3  # of different frames
+    assert 5 < len(decoded) < 40  # not the 40 before key frame 40, nor B-frames of the other 60
+    monkeypatch.undo()
+    film.frames(range(100))
+
+
+def test_frames_of_several_sizes_are_refused(tmp_path, pan):
+    for name, frames in (("a.ts", pan[:20]), ("b.ts", pan[:20, :64, :64])):
+        encode(tmp_path / name, frames)
+    both = (tmp_path / "a.ts").read_bytes() + (tmp_path / "b.ts").read_bytes()
+    (tmp_path / "both.ts").write_bytes(both)
+    with pytest.raises(VideoError, match=r"both\.ts.*several sizes"):
+        Video(tmp_path / "both.ts").count()
+
+
+def test_a_crowd_of_threads_is_not_left_behind():
+    before = threading.active_count()
+    assert [within(5, lambda n=n: n * n, FILM) for n in range(50)] == [n * n for n in range(50)]
+    assert threading.active_count() == before
+
+
+def test_work_in_time_raises_its_own_errors():
+    for seconds in (0, 5):
+        with pytest.raises(ZeroDivisionError):
+            within(seconds, lambda: 1 / 0, FILM)
+        with pytest.raises(VideoError, match=r"gone\.mp4: no such video file"):
+            read_frames(FILM.with_name("gone.mp4"), lambda n: [0], seconds)
+    frames = read_frames(FILM, lambda total: [total - 1, 0], 60)
+    assert np.array_equal(frames, five_line_decode(FILM, [len(Video(FILM)) - 1, 0]))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in files here")
+@pytest.mark.parametrize("name", ["a.mp4", "a.jpg"])
+def test_a_file_that_never_ends_is_given_up(tmp_path, monkeypatch, name):
+    """A real hang inside FFmpeg and Pillow: a pipe of which only the beginning comes."""
+    monkeypatch.setattr(Path, "is_file", lambda path: True)
+    fifo = tmp_path / name
+    os.mkfifo(fifo)
+    writer = os.open(fifo, os.O_RDWR)
+    os.write(writer, FILM.read_bytes()[:500] if name == "a.mp4" else b"\xff\xd8\xff\xe0")
+    began = time.monotonic()
+    with pytest.raises(BadFile, match=rf"{name}: not read after 0.5 s.*data\.timeout") as error:
+        if name == "a.mp4":
+            read_frames(fifo, lambda n: [0], 0.5)
+        else:
+            within(0.5, lambda: read_image(fifo), fifo)
+    assert error.value.kind == "hanging" and 0.5 <= time.monotonic() - began < 5
+    assert isinstance(error.value, VideoError) == (name == "a.mp4")
+    os.close(writer)  # ends the reading thread
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [("missing", "missing"), ("truncated", "undecodable"), ("no video", "undecodable")],
+)
+def test_errors_tell_their_kind(tmp_path, kind, expected):
+    with pytest.raises(BadFile) as error:
+        Video(bad_file(tmp_path, kind))
+    assert error.value.kind == expected
+    with pytest.raises(BadFile) as error:
+        read_image(bad_file(tmp_path, kind))
+    assert error.value.kind == expected
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,20 @@
-"""A tiny joint pretraining through the real loop: for tests, alone or under torchrun.
+"""A tiny training through the real loop: for tests, alone or under torchrun.
 
-    python tests/tiny_run.py FOLDER STEPS [--micro N] [--stop-after N] [--save-every N] [--seed N]
-                             [--ema SHARE]
+    python tests/tiny_run.py FOLDER STEPS [--model bevt | classifier | both] [--micro N]
+        [--stop-after N] [--save-every N] [--keep N] [--seed N] [--ema SHARE] [--workers N]
+        [--precision NAME] [--validate-every N] [--digests FILE]
 
-Real model, masks, noise, data order and checkpoints; pixels and ids are keyed random arrays, ids
-copied from the pixels so that there is something to learn. Prints the losses as JSON on rank 0.
+Joint pretraining, or fine-tuning with dropout. Real model, masks, noise, data order and
+checkpoints; pixels, ids and labels are keyed random arrays, from which there is something to learn.
+Prints the losses as JSON on rank 0. ``--digests`` writes what each step sees, one file a process.
+``both`` runs one after the other, in FOLDER/bevt and FOLDER/classifier.
 """
 
 import argparse
+import hashlib
 import json
+import os
+from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -16,12 +22,15 @@ import torch
 
 from bevt_lib import dist, engine
 from bevt_lib.augment import normalise
-from bevt_lib.bevt import BEVT
+from bevt_lib.bevt import BEVT, Classifier
 from bevt_lib.config import Optim, Run
 from bevt_lib.datasets import Positions
 from bevt_lib.engine import Source
 from bevt_lib.masking import block_mask, tube_mask
 from bevt_lib.seeds import Purpose, Stream, numpy_generator, python_generator, seeded_globals
+
+SHAPE = {"embed_dim": 8, "depths": (1, 1, 2, 1), "num_heads": (1, 1, 2, 2), "window": (2, 2, 2),
+         "drop_path": 0.2, "linear_std": 0.0}  # fmt: skip
 
 
 class Arrays:
@@ -42,54 +51,105 @@ class Arrays:
         steps = self.frames // 2
         mask = tube_mask((steps, 2, 2), mask_rng) if steps else block_mask((2, 2), mask_rng)[None]
         ids = np.full((self.frames, 2, 2), shade, np.int64)
-        return {"pixels": pixels, "ids": ids, "mask": mask}
+        return {"pixels": pixels, "ids": ids, "mask": mask, "label": shade}
 
 
 def prepare(batch, step):
     return {s: {**part, "pixels": normalise(part["pixels"])} for s, part in batch.items()}
 
 
-def build_model(seed: int = 0) -> BEVT:
+def build_model(seed: int = 0, kind: str = "bevt"):
     with seeded_globals(seed, Purpose.WEIGHTS):
-        return BEVT(vocab_size=8, embed_dim=8, depths=(1, 1, 2, 1), num_heads=(1, 1, 2, 2),
-                    window=(2, 2, 2), drop_path=0.2, linear_std=0.0)  # fmt: skip
+        if kind == "classifier":
+            return Classifier(num_classes=8, dropout=0.5, smoothing=0.1, **SHAPE)
+        return BEVT(vocab_size=8, **SHAPE)
 
 
-def train(folder: str, steps: int, *, micro: int = 0, stop_after: int = 0, save_every: int = 4,
-          keep: int = 2, seed: int = 0, ema: float = 0.0) -> tuple[BEVT, list[dict]]:  # fmt: skip
+def build_sources(seed: int = 0, kind: str = "bevt", workers: int = 0) -> dict[str, Source]:
+    video = Positions(Arrays(Stream.VIDEO, 4), seed=seed, stream=Stream.VIDEO, workers=workers)
+    image = Positions(Arrays(Stream.IMAGE, 1), seed=seed, stream=Stream.IMAGE, workers=workers)
+    if kind == "classifier":
+        return {"clip": Source(video, 6)}
+    return {"video": Source(video, 6), "image": Source(image, 12)}
+
+
+def score(model, sources, done: int) -> dict[str, float]:
+    """Score the model on four items of each stream, without noise."""
+    batch = {}
+    for stream, source in sources.items():
+        part = torch.utils.data.default_collate([source.items[p] for p in range(4)])
+        batch[stream] = part | {"pixels": normalise(part["pixels"]).to(model.norm.weight.dtype)}
+    terms = model(batch)
+    return {"score": -sum(terms[s].loss.item() / terms[s].count for s in batch)}
+
+
+def note_digests(file: Path, batch, step: int) -> None:
+    """Note what a step sees of each item: its place in the order, pixels, mask and label."""
+    with file.with_name(f"{file.name}.{dist.rank()}").open("a") as lines:
+        for stream, part in batch.items():
+            for i, position in enumerate(part["position"].tolist()):
+                seen = b"".join(part[k][i].numpy().tobytes() for k in ("pixels", "mask", "label"))
+                digest = hashlib.sha256(seen).hexdigest()
+                lines.write(json.dumps([step, stream, position, digest]) + "\n")
+
+
+def train(folder: str, steps: int, *, model: str = "bevt", micro: int = 0, stop_after: int = 0,
+          save_every: int = 4, keep: int = 2, seed: int = 0, ema: float = 0.0, workers: int = 0,
+          precision: str = "auto", validate_every: int = 0, digests: str = "", lr: float = 3e-3,
+          **settings):  # fmt: skip
+    """Train; ``settings`` go to ``engine.fit``, those it doesn't know to ``Run``."""
     torch.set_num_threads(1)
-    model = build_model(seed)
-    sources = {
-        "video": Source(Positions(Arrays(Stream.VIDEO, 4), seed=seed, stream=Stream.VIDEO), 6),
-        "image": Source(Positions(Arrays(Stream.IMAGE, 1), seed=seed, stream=Stream.IMAGE), 12),
-    }
-    optim = Optim(lr=3e-3, clips=6, images=12, steps=steps, warmup=2, clip_norm=3.0,
+    network, sources = build_model(seed, model), build_sources(seed, model, workers)
+    optim = Optim(lr=lr, clips=6, images=12, steps=steps, warmup=2, clip_norm=3.0,
                   ema=ema)  # fmt: skip
-    settings = Run(folder=folder, micro_batch=micro, stop_after=stop_after, save_every=save_every,
-                   keep=keep, seed=seed)  # fmt: skip
+    chosen = {k: settings.pop(k) for k in list(settings) if k in Run.__dataclass_fields__}
+    run = Run(folder=folder, micro_batch=micro, stop_after=stop_after, save_every=save_every,
+              keep=keep, seed=seed, precision=precision, **chosen)  # fmt: skip
+    if validate_every:
+        settings = {"validate": lambda done: score(network, sources, done),
+                    "validate_every": validate_every, "best_by": "score"} | settings  # fmt: skip
+
+    def see(batch, step):
+        if digests:
+            note_digests(Path(digests), batch, step)
+        return prepare(batch, step)
+
     config = {"steps": steps, "run.seed": seed, "optim.ema": ema}
     history = engine.fit(
-        model, sources, optim, settings, steps=steps, prepare=prepare, config=config
+        network, sources, optim, run, steps=steps, prepare=see, config=config, **settings
     )
-    return model, history
+    return network, history
 
 
 def run(folder: str, steps: int, **settings) -> list[dict]:
     return train(folder, steps, **settings)[1]
 
 
-if __name__ == "__main__":
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder")
     parser.add_argument("steps", type=int)
-    for name, default in (("micro", 0), ("stop-after", 0), ("save-every", 4), ("seed", 0)):
+    numbers = {"micro": 0, "stop-after": 0, "save-every": 4, "keep": 2, "seed": 0, "workers": 0,
+               "validate-every": 0}  # fmt: skip
+    for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--ema", type=float, default=0.0)
-    given = vars(parser.parse_args())
+    for name, default in {"model": "bevt", "precision": "auto", "digests": ""}.items():
+        parser.add_argument(f"--{name}", default=default)
+    given = vars(parser.parse_args(arguments))
+    place, steps, kind = (given.pop(k) for k in ("folder", "steps", "model"))
     with dist.world():
-        model, history = train(given.pop("folder"), given.pop("steps"), **given)
-        sums = torch.stack([p.detach().double().sum() for p in model.parameters()])
-        same = torch.equal(dist.sum_over_processes(sums.clone()), sums * dist.world_size())
-        assert same, "the processes end with different models"
-        if dist.rank() == 0:
-            print(json.dumps([entry["loss"] for entry in history]))
+        for one in ("bevt", "classifier") if kind == "both" else (kind,):
+            folder = f"{place}/{one}" if kind == "both" else place
+            model, history = train(folder, steps, model=one, **given)
+            sums = torch.stack([p.detach().double().sum() for p in model.parameters()])
+            same = torch.equal(dist.sum_over_processes(sums.clone()), sums * dist.world_size())
+            assert same, "the processes end with different models"
+            if dist.rank() == 0:
+                print(json.dumps([entry["loss"] for entry in history]))
+    if "TINY_RUN_ENDED" in os.environ:  # a process that gets here ends with status 0
+        Path(os.environ["TINY_RUN_ENDED"], os.environ.get("RANK", "0")).touch()
+
+
+if __name__ == "__main__":
+    main()

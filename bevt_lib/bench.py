@@ -1,0 +1,223 @@
+"""How many clips a second one core prepares, and how many cores feed one GPU.
+
+    python -m bevt_lib.bench [--list FILE --root DIR] [--rate CLIPS_PER_S] [--processes N]
+
+Renders its own films (300 frames of 340x256, H.264 by x264's defaults), or takes yours, and its own
+pictures (JPEG, 500x375). Beside this loader stand plain loops of decord and PyAV that decode the
+same frames; all take turns, one thread a process.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing import Pool
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+import torch
+from av.video.reformatter import VideoReformatter
+from PIL import Image
+
+from bevt_lib import cost, finetune, pretrain
+from bevt_lib.augment import one_thread
+from bevt_lib.config import Finetune, Pretrain, open_door
+from bevt_lib.dalle import DalleTokenizer, build
+from bevt_lib.datasets import LabelledClips, PretrainClips
+from bevt_lib.presets import paper_joint, paper_k400, paper_ssv2
+from bevt_lib.synthetic import data_folder
+from bevt_lib.video import Video, read_frames
+
+FRAMES, HEIGHT, WIDTH = 300, 256, 340  # ten seconds of re-encoded Kinetics
+PICTURE = (500, 375)  # width, height: an average ImageNet picture
+FILMS = 4
+Rates = dict[str, float]  # items a second of one process, by what does it
+
+
+def main(arguments: list[str]) -> None:
+    """Read the command line, render, measure, print."""
+    parser = argparse.ArgumentParser(prog="python -m bevt_lib.bench", exit_on_error=False)
+    parser.add_argument("--list", help="your own list of videos instead of rendered ones")
+    parser.add_argument("--root", default=".", help="folder of that list's files")
+    parser.add_argument("--rate", type=float, help="clips a second that one GPU trains; default: "
+                        f"what bevt_lib.cost assumes of an {cost.GPU}")  # fmt: skip
+    parser.add_argument("--processes", type=int, default=1, help="processes at the same time")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each; medians are printed")
+    parser.add_argument("--clips", type=int, default=8, help="clips a turn")
+    try:
+        given = parser.parse_args(arguments)
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from None
+    if min(given.processes, given.rounds, given.clips) < 1 or (given.rate or 1) <= 0:
+        raise ValueError("--processes, --rounds, --clips and --rate are more than 0")
+    with tempfile.TemporaryDirectory() as folder:
+        films = (Path(given.list), Path(given.root)) if given.list else render(Path(folder))
+        pictures = render_pictures(Path(folder) / "pictures")
+        for recipe in (paper_joint(), paper_k400(), paper_ssv2()):
+            recipe = replace(recipe, data=replace(
+                recipe.data, video_list=str(films[0]), video_root=str(films[1]),
+                image_root=str(pictures),
+            ))  # fmt: skip
+            jobs = [(recipe, given.rounds, given.clips, n) for n in range(given.processes)]
+            if given.processes == 1:
+                rates = [measure(*jobs[0])]
+            else:
+                with Pool(given.processes) as pool:
+                    rates = pool.starmap(measure, jobs)
+            mean = {name: float(np.mean([r[name] for r in rates])) for name in rates[0]}
+            print(report(recipe, mean, given.rate), flush=True)
+
+
+def render(folder: Path) -> tuple[Path, Path]:
+    """Write FILMS films of FRAMES frames and a list of them; return the list and its root.
+
+    Frames of the embedded film, enlarged and grained, encoded as ffmpeg does by default.
+    """
+    source = Video(data_folder() / "film" / "big_buck_bunny.mp4")
+    frames = source.frames(range(len(source)))
+    rng = np.random.default_rng(0)
+    for film in range(FILMS):
+        with av.open(str(folder / f"{film}.mp4"), "w") as container:
+            stream = container.add_stream("libx264", rate=30)
+            stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
+            stream.options = {"crf": "23"}
+            for number in range(FRAMES):
+                still = frames[(number + 45 * film) % len(frames)]
+                large = cv2.resize(still, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
+                grain = rng.integers(-4, 5, (HEIGHT, WIDTH, 1))
+                picture = np.clip(large + grain, 0, 255).astype(np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode())
+    listed = folder / "list.txt"
+    listed.write_text("".join(f"{film}.mp4 {film}\n" for film in range(FILMS)))
+    return listed, folder
+
+
+def render_pictures(folder: Path) -> Path:
+    """Write grained pictures of about 80 kB in one class folder; return their root."""
+    (folder / "class").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for number, photo in enumerate(sorted((data_folder() / "photos").glob("*.jpg"))[::20]):
+        large = Image.open(photo).convert("RGB").resize(PICTURE, Image.Resampling.BICUBIC)
+        grain = rng.normal(0, 12, (*PICTURE[::-1], 1))
+        pixels = np.clip(np.asarray(large) + grain, 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / "class" / f"{number}.jpg", quality=90)
+    return folder
+
+
+def decord_loop(path: Path, choose: Callable[[int], np.ndarray]) -> np.ndarray:
+    """Decode chosen frames as a plain decord loop does."""
+    import decord  # no wheel on some machines
+
+    decord.logging.set_level(decord.logging.QUIET)
+    reader = decord.VideoReader(str(path), num_threads=1)
+    return reader.get_batch(choose(len(reader))).asnumpy()
+
+
+def pyav_loop(path: Path, choose: Callable[[int], np.ndarray]) -> np.ndarray:
+    """Decode chosen frames as a plain PyAV loop does: from the start to the last one chosen."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        chosen = choose(stream.frames)
+        convert, kept = VideoReformatter(), {}  # else one is made, with its threads, per frame
+        for number, frame in enumerate(container.decode(stream)):
+            if number in chosen:
+                kept[number] = convert.reformat(frame, format="rgb24", threads=1).to_ndarray()
+            if number == max(chosen):
+                break
+    return np.stack([kept[i] for i in chosen.tolist()])
+
+
+def measure(recipe: Pretrain | Finetune, rounds: int, clips: int, process: int) -> Rates:
+    """Let loaders take turns at the same clips; the medians of their clips or images a second.
+
+    A second of the processor's time, which other programs on the machine disturb least.
+    """
+    one_thread(process)
+    torch.set_num_threads(1)
+    items: PretrainClips | LabelledClips
+    if isinstance(recipe, Pretrain):
+        items = pretrain.build_items(recipe, "video")
+    else:
+        items = finetune.build_items(recipe)
+    first = process * rounds * clips
+
+    def decode(read: Callable[..., np.ndarray]) -> Callable[[int], np.ndarray]:
+        def work(epoch: int) -> np.ndarray:
+            index = epoch % len(items)
+            return read(items.entries[index].path, items.choose(epoch, index))
+
+        return work
+
+    work: dict[str, Callable[[int], object]] = {
+        "this loader, decode + augment": lambda n: items.sample(n, n % len(items)),
+        "this loader, decode": decode(read_frames),
+        "decord loop, decode": decode(decord_loop),
+        "PyAV loop, decode": decode(pyav_loop),
+    }
+    try:
+        frames = [decode(read)(first) for read in (read_frames, decord_loop, pyav_loop)]
+    except ImportError:
+        del work["decord loop, decode"]
+    else:
+        assert all(np.array_equal(frames[0], other) for other in frames[1:])
+    if isinstance(recipe, Pretrain):
+        images = pretrain.build_items(recipe, "image")
+        work["images, decode + augment"] = lambda n: images.sample(n, n % len(images))
+    rates: dict[str, list[float]] = {name: [] for name in work}
+    for start in range(first, first + rounds * clips, clips):
+        for name, do in work.items():
+            began = time.process_time()
+            for number in range(start, start + clips):
+                do(number)
+            rates[name].append(clips / (time.process_time() - began))
+    return {name: float(np.median(values)) for name, values in rates.items()}
+
+
+def assumed_rate(recipe: Pretrain | Finetune) -> float:
+    """Give the clips a second of one GPU by the assumptions of ``bevt_lib.cost``."""
+    with torch.device("meta"):
+        if isinstance(recipe, Pretrain):
+            model = pretrain.build_model(recipe)
+            tokenizer = DalleTokenizer(*build(256, 2, recipe.tokens.vocab_size))
+            batches = pretrain.global_batches(recipe)
+            items = {s: cost.token_item(recipe, model, tokenizer, s) for s in batches}
+        else:
+            batches = {"clip": recipe.optim.clips}
+            items = {"clip": cost.clip_item(recipe, finetune.build_model(recipe))}
+    student, frozen = (
+        sum(n * getattr(items[s], field) for s, n in batches.items())
+        for field in ("student", "tokenizer")
+    )
+    return recipe.optim.clips / (3600 * cost.gpu_hours(cost.PASSES * student, frozen))
+
+
+def report(recipe: Pretrain | Finetune, rates: Rates, rate: float | None) -> str:
+    """Write the rates of a recipe and the cores that feed a GPU of ``rate`` clips a second."""
+    d = recipe.data
+    uniform = isinstance(recipe, Finetune) and recipe.sampling == "uniform"
+    spread = "all over the film" if uniform else f"interval {d.interval}"
+    lines = [f"{recipe.name}: {d.frames} frames, {spread}, {d.size} px"]
+    ours = rates["this loader, decode"]
+    for name, value in rates.items():
+        unit = "images" if name.startswith("images") else "clips"
+        faster = f", this loader's decoding is {ours / value:.2f} times as fast"
+        lines.append(f"  {name:30s} {value:7.1f} {unit}/s a core{faster if 'loop' in name else ''}")
+    needed = rate or assumed_rate(recipe)
+    cores = needed / rates["this loader, decode + augment"]
+    also = ""
+    if isinstance(recipe, Pretrain):
+        images = needed * recipe.optim.images / recipe.optim.clips
+        cores += images / rates["images, decode + augment"]
+        also = f" and {images:.1f} images/s"
+    source = "as given" if rate else f"ASSUMED of an {cost.GPU}: bevt_lib.cost"
+    lines.append(f"  one GPU at {needed:.1f} clips/s{also} ({source}) takes {cores:.1f} cores")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    open_door(main)

@@ -1,0 +1,126 @@
+"""Evaluate a classifier: ``python -m bevt_lib.evaluate PRESET --run.init MODEL``, also torchrun.
+
+MODEL: a weights file, a folder of a model or a checkpoint, or a run's (its latest checkpoint). It
+must fit the preset's classifier whole, head included. What is tested: the videos of
+--data.val-list under --data.video-root, or an embedded split (--split val | test | test_unseen),
+each by the preset's test views. RUN/scores_<split>.jsonl (--run.folder RUN) tells what the model
+says of each video.
+
+A published figure is one of all videos: where some can't be read the scores are written, the
+videos are listed, and the command ends in an error. With --allow-missing it prints the figure of
+the others, and how many are left out.
+"""
+
+import sys
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+
+import torch
+
+from bevt_lib import checkpoint, cost, dist, engine, synthetic
+from bevt_lib.config import Finetune, choose, open_door
+from bevt_lib.finetune import CLASSES, build_model, run_folder, score
+from bevt_lib.metrics import ClassScore
+from bevt_lib.presets import FINETUNE
+from bevt_lib.weights import load_strict, read_weights
+
+LISTED = 20  # unreadable videos named on the screen; the file names all
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Finetune):
+    """A fine-tuning recipe, and what to do with its result."""
+
+    split: str = "test"  # of the embedded clips; names the file of scores
+    allow_missing: bool = False  # give a figure although some videos can't be read
+
+
+def with_switches(preset):
+    """Give a preset the fields of :class:`Evaluate`."""
+
+    @wraps(preset)
+    def recipe() -> Evaluate:
+        return Evaluate(**vars(preset()))
+
+    return recipe
+
+
+PRESETS = {name: with_switches(preset) for name, preset in FINETUNE.items()}
+
+
+def main(arguments: list[str]) -> None:
+    """Read the command line, then plan or evaluate."""
+    recipe = choose(PRESETS, arguments, "evaluate")
+    if recipe.run.dry_run:
+        print(plan(recipe))
+        return
+    with dist.world():
+        result, file = evaluate(recipe)
+        if dist.rank() == 0:
+            print(f"{recipe.task} {recipe.split}: {result}; scores of each video in {file}")
+
+
+def evaluate(recipe: Evaluate) -> tuple[ClassScore, Path]:
+    """Score the model of ``run.init``; give the result and the file of scores.
+
+    Raises ValueError without ``run.init``, for weights that don't fit, and where videos can't be
+    read, unless ``allow_missing``.
+    """
+    if not recipe.run.init:
+        raise ValueError("name the model to evaluate: --run.init MODEL")
+    if recipe.split not in ("val", "test", "test_unseen"):
+        raise ValueError(f"--split {recipe.split}: choose val, test or test_unseen")
+    if recipe.split != "test" and recipe.data.val_list:
+        raise ValueError(f"--split {recipe.split} is one of the embedded clips: drop it, or the "
+                         "--data.val-list")  # fmt: skip
+    if recipe.run.threads:
+        torch.set_num_threads(recipe.run.threads)
+    engine.be_deterministic(recipe.run.deterministic)
+    source = weights_of(Path(recipe.run.init))
+    model = build_model(recipe).to(dist.device())
+    load_strict(model, read_weights(source), str(source))
+    dist.first_alone(synthetic.render, needed=not recipe.data.val_list)
+    file = Path(run_folder(recipe)) / f"scores_{recipe.split}.jsonl"
+    if dist.rank() == 0:
+        print(f"model: {source}")
+    result = score(recipe, model, recipe.split, recipe.run.test_clips, file)
+    if result.unread and dist.rank() == 0:
+        print(*result.unread[:LISTED], sep="\n", file=sys.stderr)
+    if result.unread and not recipe.allow_missing:
+        raise ValueError(
+            f"{len(result.unread)} of {result.clips + len(result.unread)} videos can't be read "
+            f"(see {file}): mend them, or add --allow-missing for a figure without them"
+        )
+    return result, file
+
+
+def weights_of(path: Path) -> Path:
+    """Find the weights a path stands for: of a run's folder its latest checkpoint, or its model."""
+    if path.is_dir() and not (path / "model.safetensors").is_file():
+        found = checkpoint.latest(path)
+        if found is None and (path / "model").is_dir():
+            found = path / "model"
+        return found or path
+    return path
+
+
+def plan(recipe: Evaluate) -> str:
+    """Describe an evaluation before its first video; nothing is read."""
+    with torch.device("meta"):
+        model = build_model(recipe)
+    views = recipe.test_clips * recipe.test_crops
+    return cost.write({
+        "preset": recipe.name,
+        "model": recipe.run.init or "--run.init, not given yet",
+        "videos": recipe.data.val_list or (
+            f"the embedded {recipe.split} clips" if recipe.task in CLASSES
+            else "--data.val-list, not given yet"),
+        "test views": f"{recipe.test_clips} clips x {recipe.test_crops} crops, "
+                      f"{recipe.views_at_once} at a time",
+        "one video": f"multiply-adds: {views} x {cost.clip_item(recipe, model).text}",
+    })  # fmt: skip
+
+
+if __name__ == "__main__":
+    open_door(main)

@@ -1,0 +1,204 @@
+"""What tokenizers are worth, side by side: ``python -m bevt_lib.tokenizer_scores [NAME=FILE ...]``.
+
+Without files it scores the shipped ones. Beside them stand two trivial painters: each 8x8 cell in
+its mean colour, and k-means on the cells with 256 codes. All see the embedded test stills as BEVT
+shows them to a tokenizer. ``--json FILE`` also writes the table there. Reading *what* from the ids
+needs scikit-learn, which ``pip install -e '.[test]'`` brings.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from bevt_lib import dist, pretrain
+from bevt_lib.config import open_door
+from bevt_lib.dalle import FACTOR
+from bevt_lib.dvae import cells_of, mean_colours, name_cells, nearest_code, psnr, usage
+from bevt_lib.perceptual import LABEL_FREE, SUPERVISED, PerceptualDistance
+from bevt_lib.presets import lesson_image
+from bevt_lib.synthetic import data_folder
+from bevt_lib.tokenizer import load_tokenizer
+
+WORDS = 256  # codes of the k-means baseline: as many as the lesson tokenizers have
+SHIPPED = ("lesson_dvae", "lesson_peco")
+STRENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # scikit-learn's C, of which one is chosen
+FOLDS = 4
+NETWORKS = (SUPERVISED, LABEL_FREE)
+SEEN = 96  # side at which the networks see pictures, pixels: the lesson models' crop
+
+
+@dataclass(frozen=True)
+class Readability:
+    """How well a linear reader names *what* is in held-out stills."""
+
+    accuracy: float
+    error: float  # standard error of the accuracy, from the number of stills alone
+
+    def __str__(self) -> str:
+        return f"{self.accuracy:.3f} ± {self.error:.3f}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One tokenizer on held-out pictures. None: there are no ids."""
+
+    psnr: float  # dB, over all pixels
+    ssim: float
+    perceptual: dict[str, float]  # by network
+    usage: float | None = None  # share of the codebook
+    perplexity: float | None = None
+    what: Readability | None = None  # from how often each id occurs
+    what_where: Readability | None = None  # from which id is where
+
+
+Table = dict[str, Score]
+
+
+def ssim(pictures: Tensor, painted: Tensor) -> float:
+    """Structural similarity of uint8 pictures (N, h, w, 3), mean over colours and pictures.
+
+    Wang et al. 2004: Gaussian window of 11 x 11, sigma 1.5; places where it fits only.
+    """
+    offsets = torch.arange(11, dtype=torch.float64) - 5
+    row = torch.exp(-offsets.square() / (2 * 1.5**2))
+    window = torch.outer(row, row) / row.sum().square()
+    x, y = (rearrange(p.double(), "n h w c -> (n c) 1 h w") for p in (pictures, painted))
+    parts = torch.cat([x, y, x * x, y * y, x * y])
+    means = F.conv2d(parts, window[None, None].to(parts.device)).chunk(5)
+    mx, my = means[:2]
+    xx, yy, xy = means[2] - mx * mx, means[3] - my * my, means[4] - mx * my
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    similar = (2 * mx * my + c1) * (2 * xy + c2)
+    return float((similar / ((mx * mx + my * my + c1) * (xx + yy + c2))).mean())
+
+
+@torch.no_grad()
+def distance_under(network: PerceptualDistance, pictures: Tensor, painted: Tensor) -> float:
+    """Average the perceptual distance of uint8 pictures (N, h, w, 3) to what they became."""
+    both = (p.permute(0, 3, 1, 2).float() / 255 for p in (painted, pictures))
+    pairs = zip(*(p.split(64) for p in both), strict=True)
+    return float(torch.cat([network(a, b) for a, b in pairs]).mean())
+
+
+def read_what(
+    train: tuple[Tensor, np.ndarray], test: tuple[Tensor, np.ndarray], words: int, *, where: bool
+) -> Readability:
+    """Fit logistic regression to (ids, labels) of training stills; score it on test stills.
+
+    Ids are int64 (N, h, w). Features: how often each id occurs, or with ``where`` which id is at
+    each place. The regularisation is chosen by cross-validation on the training stills.
+    """
+    from scipy.sparse import csr_array
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV
+
+    def features(ids: Tensor) -> csr_array:
+        flat = ids.flatten(1).cpu()
+        columns = flat + words * torch.arange(flat.shape[1]) if where else flat
+        rows = torch.arange(len(flat))[:, None].expand_as(flat)
+        size = len(flat), words * (flat.shape[1] if where else 1)
+        places = (rows.flatten().numpy(), columns.flatten().numpy())
+        return csr_array((np.ones(flat.numel()), places), shape=size)
+
+    reader = GridSearchCV(LogisticRegression(max_iter=2000), {"C": STRENGTHS}, cv=FOLDS)
+    reader.fit(features(train[0]), train[1])
+    right = float(reader.score(features(test[0]), test[1]))
+    return Readability(right, math.sqrt(right * (1 - right) / len(test[1])))
+
+
+def stills(split: str) -> tuple[Tensor, np.ndarray]:
+    """Give the embedded stills of a split: views uint8 (N, 48, 48, 3), and *what* they show."""
+    items = pretrain.build_items(lesson_image(), "image", split)
+    views = np.stack([items.sample(0, i)["view"][0] for i in range(len(items))])
+    return torch.from_numpy(views), np.array([entry.label for entry in items.entries])
+
+
+def kmeans_codes(views: Tensor) -> Tensor:
+    """Fit the baseline's codes to the cells of a third of the training views: float (256, 192)."""
+    from sklearn.cluster import MiniBatchKMeans
+
+    kmeans = MiniBatchKMeans(WORDS, n_init=3, random_state=0, batch_size=4096)
+    return torch.from_numpy(kmeans.fit(cells_of(views[::3]).numpy()).cluster_centers_).float()
+
+
+def compare(files: Mapping[str, Path], networks: Mapping[str, PerceptualDistance]) -> Table:
+    """Score tokenizer files and the trivial painters on the embedded test stills: {name: Score}.
+
+    Raises ValueError for a tokenizer whose cells are no 8x8 pixels: its numbers wouldn't compare.
+    """
+    (train, train_what), (test, test_what) = stills("train"), stills("test")
+    table: Table = {}
+
+    def enter(name: str, painted: Tensor, seen: Tensor, ids: Tensor, words: int) -> None:
+        used, perplexity = usage(ids, words)
+        pairs = (seen, train_what), (ids, test_what)
+        table[name] = replace(
+            looks(test, painted, networks), usage=used, perplexity=perplexity,
+            what=read_what(*pairs, words, where=False),
+            what_where=read_what(*pairs, words, where=True),
+        )  # fmt: skip
+
+    for name, path in files.items():
+        tokenizer = load_tokenizer(path).to(dist.device())
+        if tokenizer.factor != FACTOR:
+            raise ValueError(f"{path} has {tokenizer.factor} px per id: here {FACTOR} are compared")
+        seen, ids = (tokenizer.encode(views.to(dist.device())) for views in (train, test))
+        enter(name, tokenizer.decode(ids).cpu(), seen.cpu(), ids.cpu(), tokenizer.vocab_size)
+    codes = kmeans_codes(train)
+    seen, ids = name_cells(train, codes), name_cells(test, codes)
+    enter("k-means on cells", nearest_code(test, codes), seen, ids, WORDS)
+    table["mean colours"] = looks(test, mean_colours(test), networks)
+    return table
+
+
+def looks(pictures: Tensor, painted: Tensor, networks: Mapping[str, PerceptualDistance]) -> Score:
+    """Score what became of uint8 pictures (N, h, w, 3), whatever painted them."""
+    distances = {n: distance_under(network, pictures, painted) for n, network in networks.items()}
+    return Score(psnr=psnr(pictures, painted), ssim=ssim(pictures, painted), perceptual=distances)
+
+
+def write(table: Table) -> str:
+    """Write a table as text, a line a tokenizer."""
+    networks = list(next(iter(table.values())).perceptual)
+    lines = [("", "PSNR", "SSIM", *networks, "usage", "perplexity", "what", "what, where")]
+    for name, s in table.items():
+        ids = ("-",) * 4
+        if s.usage is not None:
+            ids = (f"{s.usage:.3f}", f"{s.perplexity:.1f}", str(s.what), str(s.what_where))
+        seen = (f"{s.perceptual[network]:.3f}" for network in networks)
+        lines.append((name, f"{s.psnr:.2f}", f"{s.ssim:.3f}", *seen, *ids))
+    wide = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    rows = ("  ".join(w.ljust(n) for w, n in zip(line, wide, strict=True)) for line in lines)
+    return "\n".join(row.rstrip() for row in rows)
+
+
+def main(arguments: list[str]) -> None:
+    """Read the command line, print the table."""
+    words = list(arguments)
+    target = ""
+    if "--json" in words:
+        place = words.index("--json")
+        target = (words[place + 1 : place + 2] or [""])[0]
+        del words[place : place + 2]
+    pairs = [word.partition("=") for word in words]
+    if any(not path for _, _, path in pairs) or ("--json" in arguments and not target):
+        raise ValueError("usage: python -m bevt_lib.tokenizer_scores [NAME=FILE ...] [--json FILE]")
+    shipped = {n: data_folder() / "weights" / f"{n}.safetensors" for n in SHIPPED}
+    networks = {n: PerceptualDistance(n, side=SEEN).to(dist.device()) for n in NETWORKS}
+    table = compare({n: Path(path) for n, _, path in pairs} or shipped, networks)
+    print(write(table))
+    if target:
+        rows = {name: asdict(score) for name, score in table.items()}
+        Path(target).write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    open_door(main)
