@@ -70,8 +70,6 @@ def write(folder: Path, contents: Mapping[str, State], state: Mapping[str, Any])
     """
     part, old = (folder.with_name(f".{word}_{folder.name}") for word in ("part", "old"))
     try:
-        for left in [*folder.parent.glob(".part_*"), *folder.parent.glob(".old_*")]:
-            shutil.rmtree(left, ignore_errors=True)  # of a killed process
         part.mkdir(parents=True)
         sums = {}
         for stem, tensors in contents.items():
@@ -107,6 +105,13 @@ def holds(folder: Path) -> bool:
         return whole and all(sha256(folder / name) == total for name, total in sums.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def tidy(run: Path) -> None:
+    """Remove what a killed process left half written or half removed; no run may be at work."""
+    for place in (run, run / "checkpoints"):
+        for left in [*place.glob(".part_*"), *place.glob(".old_*")]:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def latest(run: Path) -> Path | None:

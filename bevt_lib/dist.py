@@ -16,6 +16,7 @@ torchrun environment variables. gloo on CPU, NCCL on CUDA.
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
@@ -65,6 +66,9 @@ def world() -> Iterator[None]:
         yield
     finally:
         if mine:
+            # gloo's threads need the interpreter to let go of the last tensors, and whoever takes
+            # the group away meanwhile holds it and waits for them: for ever (seen in torch 2.13).
+            time.sleep(0.1)
             torch_dist.destroy_process_group()
 
 

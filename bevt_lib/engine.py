@@ -195,6 +195,7 @@ def _resume(
     def enter() -> tuple[Path | None, list[Entry]]:
         record.claim(folder, config)
         stack.enter_context(record.alone_in(folder))
+        checkpoint.tidy(folder)
         return checkpoint.latest(folder), record.read_metrics(folder)
 
     found, history = dist.by_first(enter)
@@ -289,10 +290,18 @@ def _batches(
     for step in range(start, stop):
         began = time.perf_counter()
         micros = [
-            _to_device({s: next(loader) for s, loader in loaders.items()}, device)
+            _to_device({s: _next(loader) for s, loader in loaders.items()}, device)
             for _ in range(split.accumulation)
         ]
         yield step, micros, time.perf_counter() - began
+
+
+def _next(loader: Iterator) -> dict[str, Any]:
+    """Take a loader's next micro-batch. RuntimeError as PyTorch's own where a worker was killed."""
+    try:
+        return next(loader)
+    except (EOFError, ConnectionError, FileNotFoundError) as error:  # killed while handing it over
+        raise RuntimeError(f"DataLoader worker seems to be killed: {error!r}") from error
 
 
 def _loader(source: Source, split: Split, stream: str, start: int, stop: int) -> DataLoader:

@@ -75,11 +75,12 @@ def lesson_peco() -> TrainPeco:
         name="lesson_peco",
         data=LESSON_DATA,
         tokens=LESSON_TOKENS,
-        optim=Optim(lr=1e-3, weight_decay=0.0, images=16, steps=5000, warmup=100, clip_norm=3.0),
+        optim=Optim(lr=1e-3, weight_decay=0.0, images=16, steps=4000, warmup=100, clip_norm=3.0),
         hidden=32,
         blocks=1,
         code_dim=32,
-        perceptual_weight=3.0,
+        perceptual_side=64,
+        perceptual_weight=2.0,
     )
 
 

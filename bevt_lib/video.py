@@ -71,6 +71,11 @@ class Video:
             raise self._damaged(error.strerror or str(error)) from None
         self._check_share(len(self))
 
+    def __del__(self) -> None:
+        # PyAV's container and stream hold each other: 250 MiB waited for the garbage collector.
+        if hasattr(self, "_container"):
+            self._container.close()
+
     def __len__(self) -> int:
         return len(self._pictures or self._times)
 

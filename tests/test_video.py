@@ -1,5 +1,6 @@
 """Reading and writing video and pictures; bad files end in one clear line."""
 
+import gc
 import os
 import re
 import struct
@@ -249,6 +250,22 @@ def test_frames_of_several_sizes_are_refused(tmp_path, pan):
     (tmp_path / "both.ts").write_bytes(both)
     with pytest.raises(VideoError, match=r"both\.ts.*several sizes"):
         Video(tmp_path / "both.ts").count()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="Linux tells its open files")
+def test_videos_are_closed_without_the_garbage_collector(tmp_path):
+    (tmp_path / "cut.mp4").write_bytes(FILM.read_bytes()[:20_000])
+    gc.collect()
+    gc.disable()
+    try:
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(20):
+            read_frames(FILM, lambda total: [total - 1], 60)
+            with pytest.raises(VideoError):
+                Video(tmp_path / "cut.mp4")
+        assert len(os.listdir("/proc/self/fd")) <= before + 1
+    finally:
+        gc.enable()
 
 
 def test_a_crowd_of_threads_is_not_left_behind():
