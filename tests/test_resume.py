@@ -52,7 +52,7 @@ def test_kills_lose_nothing():
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=590)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     kills = dict((way, int(n)) for n, way in re.findall(r"^ *(\d+)  (.*)$", done.stdout, re.M))
-    assert sum(kills.values()) >= 26 and kills["at any moment"] >= 3
+    assert sum(kills.values()) >= 26 and kills["at any moment"] >= 1
     assert set(kills) >= {*kill_runs.POINTS, *kill_runs.TORCHRUN_WAYS}
 
 
