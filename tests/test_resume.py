@@ -240,7 +240,8 @@ def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint(whole, tmp_
         done = subprocess.run(command, capture_output=True, text=True, env=OWN_PATH, timeout=120)
         errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert done.returncode == (2 if processes == 1 else 1), done.stderr[-2000:]
-        assert len(errors) == processes and len(set(errors)) == 1
+        # The launcher may stop one before it can tell.
+        assert 1 <= len(errors) <= processes and len(set(errors)) == 1
         assert "No space left on device" in errors[0] and "last checkpoint" in errors[0]
         assert "exitcode  : 2" in done.stderr or processes == 1
         assert "in fit" not in done.stderr
