@@ -68,8 +68,10 @@ def lesson_peco() -> TrainPeco:
     """PeCo's tokenizer with 256 codes, on the embedded training pictures, as BEVT shows them.
 
     Its perceptual network knows ImageNet's labels: see ``perceptual.py``, and take --perceptual
-    bevt_lesson_image for the label-free control, none for a plain VQ-VAE. One CPU core; ours, no
-    paper row.
+    bevt_lesson_image for the label-free control, none for a plain VQ-VAE. One CPU core, 6, 5 and
+    2.5 minutes; ours, no paper row. On test stills 17.6 dB (17.7 label-free, 18.6 plain; mean
+    colours 16.7), and *what* is read from its ids with 0.35 (0.35, 0.30; two seeds, standard error
+    0.02; but 0.40 from the lesson dVAE's, 0.43 from k-means's): ``tokenizer_scores``.
     """
     return TrainPeco(
         name="lesson_peco",

@@ -137,12 +137,13 @@ def prepare_batch(recipe: Recipe, batch: Batch, step: int) -> Batch:
 
 
 def look(tokenizer: FrozenTokenizer, views: Tensor, strip: Path) -> dict[str, float]:
-    """Score a tokenizer on held-out views, uint8 (N, v, v, 3), and write a strip of the first."""
+    """Score a tokenizer on held-out views, uint8 (N, v, v, 3), and write a strip of some."""
     ids = tokenizer.encode(views)
     painted = tokenizer.decode(ids)
     used, perplexity = usage(ids, tokenizer.vocab_size)
     if dist.rank() == 0:
-        rows = [torch.cat(list(part[:SHOWN].cpu()), dim=1) for part in (views, painted)]
+        rows = [torch.cat(list(part[:: len(part) // SHOWN][:SHOWN].cpu()), dim=1)
+                for part in (views, painted)]  # fmt: skip
         picture = cv2.cvtColor(torch.cat(rows).numpy(), cv2.COLOR_RGB2BGR)
         strip.parent.mkdir(parents=True, exist_ok=True)
         cv2.imencode(".png", picture)[1].tofile(strip)

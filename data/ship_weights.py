@@ -19,7 +19,7 @@ import torch
 from bevt_lib import checkpoint, synthetic
 from bevt_lib.presets import TRAIN_TOKENIZER
 from bevt_lib.train_tokenizer import build_model, save
-from bevt_lib.weights import read_weights, save_weights
+from bevt_lib.weights import read_file, read_weights, save_weights
 
 CURVE_STEP = 25  # steps averaged into one point of the curve
 
@@ -28,14 +28,13 @@ def main(run: Path, name: str, command: str) -> None:
     folder = checkpoint.latest(run)
     if folder is None:
         raise ValueError(f"{run} holds no whole checkpoint")
-    state = read_weights(folder)
     target = Path(__file__).parent / "weights" / f"{name}.safetensors"
     if name in TRAIN_TOKENIZER:
         model = build_model(TRAIN_TOKENIZER[name]())
-        model.load_state_dict(state)
+        model.load_state_dict(read_file(folder))
         save(model.tokenizer(), target, torch.float16)
     else:
-        save_weights(state, target, torch.float8_e4m3fn)
+        save_weights(read_weights(folder), target, torch.float8_e4m3fn)
     history = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     kinds = ("loss", "accuracy", "mse", "perceptual", "perplexity")
     keys = [k for k in history[0] if k.endswith(kinds)]

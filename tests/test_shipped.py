@@ -9,13 +9,17 @@ import torch
 
 from bevt_lib import dvae, finetune, pretrain, synthetic, train_tokenizer
 from bevt_lib.config import flatten
+from bevt_lib.perceptual import SUPERVISED, PerceptualDistance
 from bevt_lib.presets import FINETUNE, PRETRAIN, TRAIN_TOKENIZER, lesson_image
+from bevt_lib.tokenizer import load_tokenizer
+from bevt_lib.tokenizer_scores import distance_under
 from bevt_lib.weights import load_strict, read_weights
 
 WEIGHTS = synthetic.data_folder() / "weights"
-NAMES = ["lesson_dvae", "lesson_image", "lesson_joint", "lesson_how", "lesson_what"]
+NAMES = ["lesson_dvae", "lesson_peco", "lesson_image", "lesson_joint", "lesson_how", "lesson_what"]
 PRESETS = TRAIN_TOKENIZER | PRETRAIN | FINETUNE
-DOORS = {"lesson_dvae": train_tokenizer, "lesson_image": pretrain, "lesson_joint": pretrain}
+DOORS = {"lesson_dvae": train_tokenizer, "lesson_peco": train_tokenizer,
+         "lesson_image": pretrain, "lesson_joint": pretrain}  # fmt: skip
 
 
 def card(name):
@@ -94,6 +98,27 @@ def test_the_tokenizer_beats_kmeans_and_uses_its_words(views):
     mine = dvae.psnr(views, tokenizer.decode(ids))
     assert mine > dvae.psnr(views, dvae.nearest_code(views, codes))
     assert dvae.usage(ids, tokenizer.vocab_size)[0] >= 0.5
+
+
+@pytest.mark.slow
+def test_peco_looks_nearer_than_the_dvae_and_uses_its_codes(views):
+    """To its own network; in pixels it is behind the dVAE, and clearly ahead of mean colours.
+
+    The stored table says the same.
+    """
+    table = json.loads((WEIGHTS.parent / "results" / "tokenizers.json").read_text())
+    network = PerceptualDistance(SUPERVISED, side=96)
+    distances = []
+    for name in ("lesson_peco", "lesson_dvae"):
+        tokenizer = load_tokenizer(WEIGHTS / f"{name}.safetensors")
+        ids = tokenizer.encode(views)
+        painted = tokenizer.decode(ids)
+        assert dvae.psnr(views, painted) > dvae.psnr(views, dvae.mean_colours(views)) + 0.7
+        assert dvae.usage(ids, tokenizer.vocab_size)[0] >= 0.9
+        distances.append(distance_under(network, views, painted))
+        assert dvae.psnr(views, painted) == pytest.approx(table[name]["psnr"], abs=0.02)
+        assert distances[-1] == pytest.approx(table[name]["perceptual"][SUPERVISED], rel=0.01)
+    assert distances[0] < distances[1] - 0.05, distances
 
 
 @pytest.mark.parametrize("name", ["lesson_image", "lesson_joint"])
