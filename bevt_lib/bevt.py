@@ -5,6 +5,7 @@ configs for Swin-B.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -13,6 +14,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from bevt_lib.augment import normalise
+from bevt_lib.files import save_tensors
 from bevt_lib.masking import mask_in_time, mask_on_grid
 from bevt_lib.swin import PatchEmbed, Size3, Swin, initialise
 from bevt_lib.terms import Term, Views
@@ -76,9 +78,16 @@ class Decoder(nn.Module):
         return self.lift(x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
 
 
-class BEVT(
+class Saved(
     nn.Module, PyTorchModelHubMixin, library_name="bevt-kit", model_card_template=MODEL_CARD
 ):
+    """A model that ``save_pretrained(folder)`` writes as a folder of weights and config."""
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        save_tensors(self.state_dict(), Path(save_directory) / "model.safetensors")
+
+
+class BEVT(Saved):
     """Masked-token prediction for two streams through one shared Swin.
 
     Shared: the stages, the mask token, the final norm and the token head. Per stream: the patch
@@ -222,9 +231,7 @@ def add_tokens(
     return result
 
 
-class Classifier(
-    nn.Module, PyTorchModelHubMixin, library_name="bevt-kit", model_card_template=MODEL_CARD
-):
+class Classifier(Saved):
     """Video Swin with average pooling and one linear layer, fine-tuned to recognise actions.
 
     Takes clips of any size. ``smoothing`` is label smoothing (released: 0.1 on SSv2: the true class

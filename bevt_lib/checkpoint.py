@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bevt_lib.files import sha256
+from bevt_lib.files import save_tensors, sha256
 
 State = dict[str, Tensor]
 
@@ -74,7 +74,7 @@ def write(folder: Path, contents: Mapping[str, State], state: Mapping[str, Any])
         sums = {}
         for stem, tensors in contents.items():
             path = part / f"{stem}.safetensors"
-            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path)
+            save_tensors(tensors, path)
             _sync(path)
             sums[path.name] = sha256(path)
         whole = {**state, "sha256": sums}

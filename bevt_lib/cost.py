@@ -269,6 +269,7 @@ def describe(
     parts = " + ".join(f"{amount(n)}B {what}" for what, n in held.items())
     passes = PASSES + recipe.run.checkpoint_activations
     hours = gpu_hours(steps * passes * student, steps * frozen)
+    digits = 1 if hours / processes >= 1 else 3
     lines = {
         "preset": recipe.name,
         "parameters": f"{parameters(model):,} trained",
@@ -280,7 +281,8 @@ def describe(
         "one step": f"multiply-adds: {passes} x {amount(student)} student (ASSUMED: backward is "
                     "twice forward)",
         "memory a GPU": f"{amount(sum(held.values()))}B = {parts}; work space not counted",
-        "GPU-hours": f"{hours:,.1f} on {GPU}s, {hours / processes:,.1f} h on {processes} of them; "
+        "GPU-hours": f"{hours:,.{digits}f} on {GPU}s, {hours / processes:,.{digits}f} h on "
+                     f"{processes} of them; "
                      f"ASSUMED: student at {SWIN_SHARE:.0%} of {GPU_PEAK / 1e12:.0f} TFLOP/s",
     }  # fmt: skip
     if tokenizer:

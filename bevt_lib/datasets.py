@@ -251,6 +251,11 @@ class Positions(Dataset):
     def __len__(self) -> int:
         return len(self.items)
 
+    def told(self) -> str:
+        """Tell what a resumed run must find again: how many items, and which."""
+        entries = getattr(self.items, "entries", None)
+        return entries.told() if isinstance(entries, Entries) else f"{len(self):,}"
+
     def index_at(self, position: int) -> tuple[int, int]:
         """Give (epoch, index) of a position."""
         epoch, place = divmod(position, len(self.items))

@@ -67,7 +67,8 @@ def world() -> Iterator[None]:
     finally:
         if mine:
             # gloo's threads need the interpreter to let go of the last tensors, and whoever takes
-            # the group away meanwhile holds it and waits for them: for ever (seen in torch 2.13).
+            # the group away meanwhile holds it and waits for them: for ever (seen in torch 2.13;
+            # PyTorch issue 56297).
             time.sleep(0.1)
             torch_dist.destroy_process_group()
 
@@ -117,12 +118,15 @@ def first_alone(work: Callable[[], object], *, needed: bool = True) -> None:
 
 
 def replicate(model: nn.Module) -> nn.Module:
-    """Wrap a model so that gradients are averaged over processes; as it is in a world of one."""
+    """Wrap a model so that gradients are averaged over processes; as it is in a world of one.
+
+    A model with the attribute ``leaves_out`` may leave parameters out of a step.
+    """
     if not torch_dist.is_initialized():
         return model
     ids = [device().index] if device().type == "cuda" else None
-    # A tokenizer's last steps leave its encoder out; the released recipe sets this, too.
-    return DistributedDataParallel(model, device_ids=ids, find_unused_parameters=True)
+    unused = getattr(model, "leaves_out", False)
+    return DistributedDataParallel(model, device_ids=ids, find_unused_parameters=unused)
 
 
 def gradients_stay_local(model: nn.Module, local: bool) -> AbstractContextManager:

@@ -36,6 +36,8 @@ class DVAE(nn.Module):
     With ``full_branches`` residual branches start at full size, see :func:`undo_gain`.
     """
 
+    leaves_out = True  # a step with "decoder_only" leaves the encoder out: see dist.replicate
+
     def __init__(
         self,
         hidden: int,

@@ -133,7 +133,7 @@ def fit(
     average = start_average(model) if optim.ema else {}
     folder = Path(run.folder) if run.folder else None
     with contextlib.ExitStack() as stack:
-        start, history = _resume(stack, folder, update, average, config or {})
+        start, history = _resume(stack, folder, update, average, dict(config or {}))
         stop = min(steps, run.stop_after or steps)
         items = len(next(iter(sources.values())).items)
         replaced = Counter({s: sum(e.get(f"{s}/replaced", 0) for e in history) for s in sources})
@@ -186,14 +186,15 @@ def _resume(
     folder: Path | None,
     update: Update,
     average: checkpoint.State,
-    config: Mapping[str, Any],
+    config: dict[str, Any],
 ) -> tuple[int, list[Entry]]:
     """Enter the run's folder and load its latest checkpoint, if any: (steps done, record)."""
     if folder is None:
         return 0, []
 
     def enter() -> tuple[Path | None, list[Entry]]:
-        record.claim(folder, config)
+        lists = {record.ITEMS + s: source.items.told() for s, source in update.sources.items()}
+        record.claim(folder, config | lists)
         stack.enter_context(record.alone_in(folder))
         checkpoint.tidy(folder)
         return checkpoint.latest(folder), record.read_metrics(folder)

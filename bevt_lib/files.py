@@ -1,5 +1,6 @@
 """Files of tensors that may be damaged, cut short or hostile: read safely, written whole."""
 
+import contextlib
 import hashlib
 import os
 import pickle
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 DIGEST = "tensors_sha256"  # in a header: what :func:`digest` gave for the tensors written
@@ -65,13 +66,27 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
     """Write a safetensors file atomically, with the digest of its tensors in the header."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    state = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     try:
-        # Not save_file, whose files nobody but their owner may read.
-        part.write_bytes(save(state, {**header, DIGEST: digest(state)}))
+        save_tensors(tensors, part, {**header, DIGEST: digest(tensors)})
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: Path, header: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file in place, readable for whom files made here are readable.
+
+    By itself safetensors 0.8 lets nobody but the owner read, so that no colleague could go on from
+    a checkpoint.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    state = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    save_file(state, path, dict(header) if header else None)
+    with contextlib.suppress(OSError):  # a disk without modes
+        path.chmod(mode)
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

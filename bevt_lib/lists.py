@@ -5,6 +5,8 @@ ImageNet (folders and `path label`). A list's bad entries are left out by ``chec
 """
 
 import csv
+import hashlib
+import itertools
 import json
 import math
 import os
@@ -43,6 +45,16 @@ class Entries(Sequence[Entry]):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def told(self) -> str:
+        """Tell what an order depends on: how many entries, and a digest of names and labels.
+
+        Names without their folders, which may move.
+        """
+        total = hashlib.sha256(self.labels.tobytes())
+        for start, end in itertools.pairwise(self.ends.tolist()):
+            total.update(self.names[start:end].rpartition(os.sep.encode())[2] + b"/")
+        return f"{len(self):,} ({total.hexdigest()[:12]})"
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):

@@ -27,12 +27,14 @@ except ImportError:  # Windows: nobody watches over a folder there
 
 Entry = dict[str, float]
 PATIENCE = 60.0  # seconds that a new run waits for an old one to leave the folder
+ITEMS = "items."  # and a stream's name: what config.json holds of its list
 LINE_EVERY = 30.0  # seconds between two lines where there is no terminal
-# Fields that say where things lie on this machine, or how much trouble is tolerated.
-MACHINE = {
+# Fields that change nothing in training: where things lie, what is tolerated, when one looks.
+FREE = {
     "data.video_list", "data.video_root", "data.image_root", "data.image_list", "data.val_list",
     "data.class_list", "data.checked", "data.bad_share", "data.timeout", "data.workers",
     "data.expected_items", "tokens.weights", "perceptual_weights", "default_init",
+    "val_epochs", "views_at_once", "test_clips", "test_crops", "watch_every",
 }  # fmt: skip
 
 
@@ -60,15 +62,17 @@ def claim(folder: Path, recipe: Mapping[str, Any]) -> None:
     other = [k for k in there if matters(k) and mine.get(k) != there[k]]
     if other:
         detail = "; ".join(f"{k}: {there[k]} there, {mine.get(k)} here" for k in other)
+        mend = "give that run's lists and --data.checked, or "
+        mend *= any(key.startswith(ITEMS) for key in other)
         raise ValueError(
-            f"{folder} holds a run of another configuration ({detail}): choose another "
+            f"{folder} holds a run of another configuration ({detail}): {mend}choose another "
             "--run.folder or remove it"
         )
 
 
 def matters(key: str) -> bool:
     """Tell whether a field changes what is computed: paths, workers and the run's own don't."""
-    return key == "run.seed" or not (key.startswith("run.") or key in MACHINE)
+    return key == "run.seed" or not (key.startswith("run.") or key in FREE)
 
 
 def default_of(key: str, otherwise: Any) -> Any:

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bevt_lib.bevt import BEVT, Classifier
-from bevt_lib.files import read_pickle
+from bevt_lib.files import read_pickle, save_tensors
 from bevt_lib.formats import Recognised, State, recognise, window_of
 from bevt_lib.swin import Size3
 from bevt_lib.terms import Views
@@ -94,7 +94,7 @@ def save_weights(state: Mapping[str, Tensor], path: Path, dtype: torch.dtype | N
     path.parent.mkdir(parents=True, exist_ok=True)
     cast = {k: v.to(dtype) if dtype and v.dim() > 1 else v for k, v in state.items()}
     part = path.with_name(f".{path.name}.part")
-    save_file({k: v.detach().cpu().contiguous() for k, v in cast.items()}, part)
+    save_tensors(cast, part)
     os.replace(part, path)
 
 

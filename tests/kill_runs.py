@@ -78,8 +78,8 @@ def any_call(*args) -> bool:
 
 # Named points of a save: (owner, function, which calls, before | amid | after, calls there may be)
 POINTS = {
-    "before the write": (checkpoint, "save_file", any_call, "before", 20),
-    "in mid-file": (checkpoint, "save_file", any_call, "amid", 20),
+    "before the write": (checkpoint, "save_tensors", any_call, "before", 20),
+    "in mid-file": (checkpoint, "save_tensors", any_call, "amid", 20),
     "before the rename": (os, "rename", target("step_"), "before", 8),
     "after the rename, before pruning": (os, "rename", target("step_"), "after", 8),
     "in mid-pruning": (shutil, "rmtree", half_removed, "before", 6),

@@ -4,6 +4,8 @@ import pickle
 import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import cv2
@@ -459,6 +461,19 @@ def test_packed_entries_are_the_entries(tmp_path):
     for outside in (3, -4):
         with pytest.raises(IndexError):
             packed[outside]
+
+
+def test_a_list_is_told_by_its_names_labels_and_order():
+    def told(*pairs, root="/here"):
+        return Entries([Entry(Path(root) / name, label) for name, label in pairs]).told()
+
+    one = told(("a/x.mp4", 0), ("b/yy.mp4", 1))
+    assert one == told(("a/x.mp4", 0), ("c/yy.mp4", 1), root="/there") and one.startswith("2 (")
+    others = {one, told(("b/yy.mp4", 1), ("a/x.mp4", 0)), told(("a/x.mp4", 1), ("b/yy.mp4", 1)),
+              told(("a/x.mp", 0), ("b/4yy.mp4", 1)), told(("a/x.mp4", 0))}  # fmt: skip
+    assert len(others) == 5
+    items = SimpleNamespace(entries=Entries([Entry(Path("x.mp4"), 0)]))
+    assert Positions(items, seed=0, stream=Stream.VIDEO).told() == told(("x.mp4", 0))
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import re
 import subprocess
 import sys
 
@@ -346,6 +347,17 @@ def test_joint_pretraining_reads_kinetics_and_imagenet_without_what_is_bad(tmp_p
     assert "1 of 6 entries are bad and left out, 0 were not checked" in result.stdout
     assert "bad file" not in result.stderr
     assert not any(entry["video/replaced"] or entry["image/replaced"] for entry in record)
+    folder = next(
+        f for f in tmp_path.glob("run*") if str(report) in (f / "config.json").read_text()
+    )
+    resumed = run("bevt_lib.pretrain", "lesson_joint", "--run.folder", str(folder), *places)
+    assert resumed.returncode == 2
+    assert re.search(
+        r"^error: .*items\.video: 7 \(\w{12}\) there, 8 \(\w{12}\) here; items\.image:"
+        r" 5 .*: give that run's lists and --data\.checked",
+        resumed.stderr,
+        re.M,
+    )
 
 
 @pytest.mark.slow

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from bevt_lib import checkpoint, record
 from bevt_lib.config import flatten
 from bevt_lib.engine import TIMINGS
-from bevt_lib.presets import lesson_image
+from bevt_lib.finetune import build_model
+from bevt_lib.presets import lesson_how, lesson_image
 
 STEPS = kill_runs.STEPS
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -204,14 +205,14 @@ def test_a_lost_last_line_comes_back_from_the_checkpoint(whole, tmp_path):
 FULL_AT_THE_THIRD = """
 import errno
 from bevt_lib import checkpoint
-genuine, calls = checkpoint.save_file, []
+genuine, calls = checkpoint.save_tensors, []
 def full(tensors, path):
     calls.append(path)
     if len(calls) > 4:
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
     genuine(tensors, path)
-checkpoint.save_file = full
+checkpoint.save_tensors = full
 """
 OWN_PATH = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
 DOOR = "import tiny_run; from bevt_lib.config import open_door; open_door(tiny_run.main)"
@@ -318,6 +319,33 @@ def test_a_run_begun_before_a_field_existed_goes_on(tmp_path):
     with pytest.raises(ValueError, match=r"optim\.lr: 0\.003 there, 1 here"):
         record.claim(tmp_path, mine | {"optim.lr": 1})
     record.claim(tmp_path, mine | {"run.precision": "bf16", "data.video_root": "elsewhere"})
+    record.claim(tmp_path, mine | {"items.image": "3,072 (0123456789ab)"})
+
+
+def test_when_one_looks_may_change_in_mid_run_but_not_the_items(tmp_path):
+    lists = {"items.clip": "8 (0123456789ab)"}
+    mine = flatten(lesson_how()) | lists
+    record.claim(tmp_path, mine)
+    record.claim(tmp_path, mine | {"val_epochs": 2.0, "views_at_once": 1, "test_clips": 1})
+    grown = mine | {"items.clip": "7 (ba9876543210)"}
+    with pytest.raises(ValueError, match=r"items\.clip: 8 \(0123456789ab\) there, 7 .*lists and"):
+        record.claim(tmp_path, grown)
+    with pytest.raises(ValueError, match=r"0\.1 here\): choose another --run\.folder"):
+        record.claim(tmp_path, mine | {"smoothing": 0.1})
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has no such modes")
+def test_colleagues_may_read_what_a_run_leaves(tmp_path):
+    """As the folder's other files: safetensors by itself keeps its files to their owner."""
+    before = os.umask(0o027)
+    try:
+        run(tmp_path, stop_after=3)
+        build_model(lesson_how()).save_pretrained(tmp_path / "model")
+    finally:
+        os.umask(before)
+    files = [f for f in tmp_path.rglob("*") if f.is_file()]
+    assert sum(f.suffix == ".safetensors" for f in files) == 4
+    assert {oct(f.stat().st_mode & 0o777) for f in files} == {"0o640"}
 
 
 def test_validation_changes_nothing_in_training(whole):

@@ -1,5 +1,9 @@
 """The tokenizer against DALL-E's own code, and the relaxation that trains it."""
 
+import json
+import os
+import subprocess
+import sys
 from random import Random
 
 import attr
@@ -147,6 +151,41 @@ def test_gradients_pass_the_relaxation_and_stop_at_chosen_words(pictures):
     model(batch_of(pictures, decoder_only=True, kl_weight=0.0), noise)["picture"].loss.backward()
     assert all(p.grad is None or not p.grad.any() for p in model.encoder.parameters())
     assert all(p.grad.abs().sum() > 0 for p in model.decoder.parameters())
+
+
+# A few steps of each kind of the lesson tokenizer: with noise, without, and of the decoder alone.
+ALL_KINDS = """
+import sys
+from dataclasses import replace
+from bevt_lib import dist, train_tokenizer
+from bevt_lib.presets import lesson_dvae
+recipe = lesson_dvae()
+optim = replace(recipe.optim, images=8, steps=4, warmup=0, restarts=((3, 0.5), (4, 0.5)))
+run = replace(recipe.run, threads=1, folder=sys.argv[1])
+recipe = replace(recipe, hidden=16, optim=optim, run=run, balance_weight=0.0, watch_every=0)
+with dist.world():
+    train_tokenizer.train(recipe)
+"""
+
+
+@pytest.mark.slow
+def test_processes_train_alike_where_the_encoder_is_left_out(tmp_path):
+    (tmp_path / "run.py").write_text(ALL_KINDS)
+    spread = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    curves = []
+    for processes in ("1", "2"):
+        folder = tmp_path / processes
+        told = subprocess.run(
+            [*spread, processes, str(tmp_path / "run.py"), str(folder)], capture_output=True,
+            text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert told.returncode == 0, told.stderr[-2000:]
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        curves.append([json.loads(line)["loss"] for line in lines])
+    one, two = np.array(curves)
+    assert len(one) == 11 and np.allclose(one[:6], two[:6], rtol=1e-3)
+    assert np.allclose(one, two, rtol=1e-2)  # a word at the border may turn by rounding
+    assert one[-1] < one[-4]
 
 
 def test_each_picture_has_its_own_noise(pictures):
