@@ -2,6 +2,7 @@
 
 import ast
 import io
+import re
 import subprocess
 import sys
 import tokenize
@@ -66,6 +67,14 @@ def test_every_file_has_its_floor_and_imports_only_from_below():
                 for name in imported:
                     lower = height[name] < height[path.stem]
                     assert lower or (path.stem, name) in WITHIN_A_FLOOR, f"{path.name}: {name}"
+
+
+def test_the_readme_shows_every_file_on_its_floor():
+    shown = (ROOT / "README.md").read_text().split("```\nbevt_lib/")[1].split("data/  ")[0]
+    words = re.findall(r"^ +(\w.*?)(?:  |$)", shown, re.M)
+    rows = [set(row.split()) for row in words]
+    floors = rows[:5] + [set().union(*rows[5:-1]), rows[-1]]
+    assert floors == FLOORS
 
 
 def run_python(code: str) -> str:
