@@ -37,30 +37,99 @@ def colours_of_ids(ids: np.ndarray, vocab_size: int) -> np.ndarray:
     return (palette[ids][..., :3] * 255).astype(np.uint8)
 
 
-def show_rows(rows: Mapping[str, np.ndarray], *, every: int = 1, width: float = 11.0) -> Image:
+def show_rows(
+    rows: Mapping[str, np.ndarray],
+    *,
+    every: int = 1,
+    width: float = 11.0,
+    titles: Sequence[str] | None = None,
+) -> Image:
     """Draw one row of frames for each named uint8 (T, H, W, 3), time from left to right.
 
+    ``titles`` stand above the columns where these are no frames in time (None: t=0, t=1, ...).
     Returns a JPEG to display: as PNG, photos would make a notebook several times larger.
     """
     columns = max(len(r[::every]) for r in rows.values())
     side = min(width / columns, 2.2)
-    figure, axes = plt.subplots(
-        len(rows), columns, figsize=(side * columns + 1.0, side * len(rows) + 0.25), squeeze=False
-    )
+    size = side * columns + 1.0, side * len(rows) + 0.25
+    figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False)
     for line, (name, frames) in zip(axes, rows.items(), strict=True):
         for axis in line:
             axis.set_axis_off()
         for axis, number in zip(line, range(0, len(frames), every), strict=False):
             axis.imshow(frames[number], interpolation="nearest")
             if name == next(iter(rows)):
-                axis.set_title(f"t={number}" if columns > 1 else "", fontsize=8)
+                told = titles[number] if titles else f"t={number}" if columns > 1 else ""
+                axis.set_title(told, fontsize=9)
         line[0].text(-0.08, 0.5, name, transform=line[0].transAxes, ha="right", va="center",
-                     fontsize=9)  # fmt: skip
-    figure.subplots_adjust(left=0.13, right=0.995, top=0.93, bottom=0.01, wspace=0.04, hspace=0.06)
+                     fontsize=10)  # fmt: skip
+    figure.subplots_adjust(left=max(0.13, 1.1 / size[0]), right=0.995, top=1 - 0.25 / size[1],
+                           bottom=0.01, wspace=0.04, hspace=0.06)  # fmt: skip
     buffer = io.BytesIO()
     figure.savefig(buffer, format="jpeg", dpi=80, pil_kwargs={"quality": 75})
     plt.close(figure)
     return Image(buffer.getvalue(), format="jpeg")
+
+
+def typical_cells(
+    views: np.ndarray, ids: np.ndarray, code: int, number: int = 6, margin: int = 8
+) -> np.ndarray:
+    """Cut out cells that a code names, those nearest to their mean first, one a picture.
+
+    ``views``: uint8 (N, H, W, 3); ``ids``: int64 (N, h, w). Returns uint8 (n, side, side, 3), n at
+    most ``number``: the cell in the middle of ``margin`` pixels, which are grey beyond the edge.
+    """
+    size = views.shape[1] // ids.shape[1]
+    side = size + 2 * margin
+    picture, row, column = np.nonzero(ids == code)
+    if not len(picture):
+        return np.empty((0, side, side, 3), dtype=np.uint8)
+    edge = (margin, margin)
+    wide = np.pad(views[picture], ((0, 0), edge, edge, (0, 0)), constant_values=GREY[0])
+    corners = zip(wide, row * size, column * size, strict=True)
+    around = np.stack([view[y : y + side, x : x + side] for view, y, x in corners])
+    cells = around[:, margin : margin + size, margin : margin + size].astype(float)
+    order = np.square(cells - cells.mean(axis=0)).sum(axis=(1, 2, 3)).argsort(kind="stable")
+    first = np.sort(np.unique(picture[order], return_index=True)[1])
+    return around[order[first[:number]]]
+
+
+def code_tiles(
+    tokenizer: Tokenizer, views: np.ndarray, ids: np.ndarray, code: int, number: int = 6
+) -> np.ndarray:
+    """Show one code: uint8 (2 + number, S, S, 3), S the side of ``views``, which ``ids`` name.
+
+    First a grid of nothing else, painted; then how often each place has it, from black (never) to
+    yellow (the place that has it most); then the most typical cells it names, framed, each amid
+    the eight around it.
+    """
+    side = views.shape[1]
+    painted = tokenizer.decode(torch.full((1, *ids.shape[1:]), code)).numpy()
+    shares = (ids == code).mean(axis=0)
+    heat = plt.get_cmap("inferno")(0.9 * shares / max(shares.max(), 1e-9))[None, ..., :3] * 255
+    cells = typical_cells(views, ids, code, number, margin=side // ids.shape[1])
+    pick = np.arange(side) * cells.shape[1] // side  # the nearest pixel
+    tiles = cells[:, pick][:, :, pick]
+    low, high = side // 3, side - side // 3
+    middle = tiles[:, low:high, low:high].copy()
+    for width, colour in ((2, 0), (1, 255)):  # seen on light and on dark
+        tiles[:, low - width : high + width, low - width : high + width] = colour
+    tiles[:, low:high, low:high] = middle
+    blank = np.full((number - len(tiles), side, side, 3), GREY)
+    return np.concatenate([painted, enlarge(heat.astype(np.uint8), side), tiles, blank])
+
+
+def tell_code(ids: np.ndarray, code: int, labels: np.ndarray, names: Sequence[str]) -> str:
+    """Say in one line how often a code is used, and in pictures of what most.
+
+    ``ids``: int64 (N, h, w); ``labels``: int (N,), indices of ``names``.
+    """
+    found = (ids == code).sum(axis=(1, 2))
+    kinds = np.bincount(labels, weights=found, minlength=len(names)).astype(int)
+    most = [f"{names[k]} {kinds[k]}" for k in np.argsort(-kinds, kind="stable")[:3]]
+    used = f"{found.sum():,} of {ids.size:,} ids ({found.sum() / ids.size:.2%})"
+    pictures = f"{(found > 0).sum():,} of {len(ids):,} pictures"
+    return f"code {code}: {used}, in {pictures}; most in: {', '.join(most)}"
 
 
 @torch.no_grad()

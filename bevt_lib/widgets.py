@@ -1,15 +1,17 @@
-"""Two small widgets: sliders over a picture, by plain ``observe``, which nbval can compare."""
+"""Three small widgets: sliders over a picture, by plain ``observe``, which nbval can compare."""
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from random import Random
 
 import ipywidgets
 import numpy as np
+import torch
 from PIL import Image
 
+from bevt_lib.bevt import Tokenizer
 from bevt_lib.masking import tube_mask
-from bevt_lib.viz import hide_pixels
+from bevt_lib.viz import code_tiles, hide_pixels, tell_code
 
 
 def png(picture: np.ndarray, zoom: int = 1) -> bytes:
@@ -23,7 +25,8 @@ def panel(
     sliders: Mapping[str, ipywidgets.Widget], draw: Callable[..., tuple[np.ndarray, str]], zoom: int
 ) -> ipywidgets.VBox:
     """Put sliders over a picture and a line of text that follow them."""
-    picture = ipywidgets.Image(format="png")
+    # By itself JupyterLab stretches a picture to the notebook's width.
+    picture = ipywidgets.Image(format="png", layout=ipywidgets.Layout(align_self="flex-start"))
     text = ipywidgets.Label()
 
     def update(_: object = None) -> None:
@@ -82,3 +85,31 @@ def time_slider(rows: Mapping[str, np.ndarray]):
 
     slider = ipywidgets.IntSlider(0, min=0, max=frames - 1, description="time")
     return panel({"time": slider}, draw, zoom=2)
+
+
+def codebook_explorer(
+    tokenizers: Mapping[str, Tokenizer],
+    views: np.ndarray,
+    labels: np.ndarray,
+    names: Sequence[str],
+    code: int = 0,
+):
+    """Walk codebooks: tokenizer and code; what it paints, where it stands, what it names.
+
+    ``views``: uint8 (N, S, S, 3); ``labels``: int (N,), indices of ``names``. The picture is
+    :func:`bevt_lib.viz.code_tiles`, from left to right.
+    """
+    named = {n: t.encode(torch.from_numpy(views)).numpy() for n, t in tokenizers.items()}
+
+    def draw(tokenizer, code):
+        ids = named[tokenizer]
+        tiles = code_tiles(tokenizers[tokenizer], views, ids, code)
+        spaced = np.pad(tiles, ((0, 0), (0, 0), (0, 4), (0, 0)), constant_values=255)
+        return np.concatenate(list(spaced), axis=1), tell_code(ids, code, labels, names)
+
+    last = min(t.vocab_size for t in tokenizers.values()) - 1
+    sliders = {
+        "tokenizer": ipywidgets.Dropdown(options=list(tokenizers), description="tokenizer"),
+        "code": ipywidgets.IntSlider(code, min=0, max=last, description="code"),
+    }
+    return panel(sliders, draw, zoom=2)

@@ -73,7 +73,7 @@ def test_the_readme_shows_every_file_on_its_floor():
     shown = (ROOT / "README.md").read_text().split("```\nbevt_lib/")[1].split("data/  ")[0]
     words = re.findall(r"^ +(\w.*?)(?:  |$)", shown, re.M)
     rows = [set(row.split()) for row in words]
-    floors = rows[:5] + [set().union(*rows[5:-1]), rows[-1]]
+    floors = [*rows[:5], set().union(*rows[5:-1]), rows[-1]]
     assert floors == FLOORS
 
 

@@ -1,12 +1,26 @@
-"""The record of real tiny runs, read and drawn."""
+"""The record of real tiny runs, read and drawn; codebooks, looked up."""
 
+import io
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
 import tiny_run
+import torch
+from PIL import Image
 
-from bevt_lib.viz import read_run, show_runs, tell_run
+from bevt_lib import viz
+from bevt_lib.viz import (
+    code_tiles,
+    read_run,
+    show_rows,
+    show_runs,
+    tell_code,
+    tell_run,
+    typical_cells,
+)
+from bevt_lib.widgets import codebook_explorer
 
 STEPS, SHORT = 12, 7
 
@@ -75,3 +89,126 @@ def test_a_folder_without_a_record_is_refused(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "lo')
     with pytest.raises(ValueError, match=r"no step in metrics\.jsonl"):
         read_run(tmp_path)
+
+
+class Shades:
+    """A tokenizer of 8 grey shades and 4 x 4 px cells: id k is 32 k to 32 k + 31 on average."""
+
+    vocab_size, factor = 8, 4
+
+    def encode(self, view):
+        n, height, width, _ = view.shape
+        cells = view.float().view(n, height // 4, 4, width // 4, 4, 3).mean(dim=(2, 4, 5))
+        return (cells / 32).long()
+
+    def decode(self, ids):
+        grey = (ids * 32 + 16).to(torch.uint8)
+        return grey.repeat_interleave(4, 1).repeat_interleave(4, 2)[..., None].expand(-1, -1, -1, 3)
+
+
+@pytest.fixture(scope="module")
+def shaded():
+    """Views of 12 pictures, 12 x 12 px, their ids (12, 3, 3) of codes 2 to 5, and two kinds."""
+    rng = np.random.default_rng(0)
+    shades = rng.integers(2, 6, (12, 3, 3)) * 32 + 16
+    views = shades.repeat(4, 1).repeat(4, 2)[..., None] + rng.integers(-9, 10, (12, 12, 12, 3))
+    views = views.astype(np.uint8)
+    return views, Shades().encode(torch.from_numpy(views)).numpy(), np.arange(12) % 2
+
+
+def test_typical_cells_are_those_nearest_to_the_mean(shaded):
+    views, ids, _ = shaded
+    found = [(n, y, x) for n in range(12) for y in range(3) for x in range(3) if ids[n, y, x] == 3]
+    cell = {at: views[at[0], 4 * at[1] : 4 * at[1] + 4, 4 * at[2] : 4 * at[2] + 4].astype(float)
+            for at in found}  # fmt: skip
+    mean = sum(cell.values()) / len(cell)
+    expected, seen = [], set()
+    for n, y, x in sorted(found, key=lambda at: ((cell[at] - mean) ** 2).sum()):
+        if n not in seen and len(expected) < 5:
+            wide = np.full((12 + 6, 12 + 6, 3), 128, dtype=np.uint8)  # grey beyond the edge
+            wide[3:15, 3:15] = views[n]
+            expected.append(wide[4 * y : 4 * y + 10, 4 * x : 4 * x + 10])
+            seen.add(n)
+    assert len(found) > len(expected) == 5
+    assert np.array_equal(typical_cells(views, ids, 3, number=5, margin=3), expected)
+    assert typical_cells(views, ids, 7, margin=3).shape == (0, 10, 10, 3)
+
+
+def test_a_code_is_shown_painted_counted_and_found(shaded):
+    views, ids, _ = shaded
+    tiles = code_tiles(Shades(), views, ids, 4, number=14)
+    assert tiles.shape == (16, 12, 12, 3) and tiles.dtype == np.uint8
+    assert (tiles[0] == 4 * 32 + 16).all()
+    counts = Counter((y, x) for n in range(12) for y in range(3) for x in range(3)
+                     if ids[n, y, x] == 4)  # fmt: skip
+    light = {(y, x): int(tiles[1, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4].sum())
+             for y in range(3) for x in range(3)}  # fmt: skip
+    assert len(set(counts[at] for at in light)) > 3
+    for a in light:
+        for b in light:
+            assert (light[a] < light[b]) == (counts[a] < counts[b])
+    pictures = len({n for n in range(12) if (ids[n] == 4).any()})
+    assert pictures < 14 and (tiles[2 + pictures :] == 128).all()
+    middle = typical_cells(views, ids, 4, number=14, margin=4)[:, 4:8, 4:8]
+    assert np.array_equal(tiles[2 : 2 + pictures, 4:8, 4:8], middle)  # 12 px for 12: not enlarged
+    assert (tiles[2 : 2 + pictures, 3, 3:9] == 255).all()
+    assert (tiles[2 : 2 + pictures, 2, 2:10] == 0).all()
+    never = code_tiles(Shades(), views, ids, 7)
+    assert (never[2:] == 128).all() and len(np.unique(never[1].reshape(-1, 3), axis=0)) == 1
+
+
+def test_tiles_fit_views_of_the_paper_s_size():
+    """14 x 14 ids of 8 px: three cells are no whole part of 112 px."""
+    views = np.random.default_rng(0).integers(0, 256, (2, 112, 112, 3), dtype=np.uint8)
+    ids = np.zeros((2, 14, 14), dtype=np.int64)
+
+    class Eight(Shades):
+        def decode(self, ids):
+            return torch.zeros(1, 112, 112, 3, dtype=torch.uint8)
+
+    assert code_tiles(Eight(), views, ids, 0).shape == (8, 112, 112, 3)
+
+
+def test_what_is_told_of_a_code_is_counted(shaded):
+    _, ids, labels = shaded
+    uses = Counter()
+    for picture, label in zip(ids, labels, strict=True):
+        uses[("cat", "dog")[label]] += sum(code == 5 for code in picture.flat)
+    told = tell_code(ids, 5, labels, ("cat", "dog"))
+    total, (first, second) = sum(uses.values()), uses.most_common()
+    assert first[1] > second[1]
+    assert told.startswith(f"code 5: {total} of 108 ids ({total / 108:.2%}), in ")
+    assert f"in {sum(5 in picture for picture in ids)} of 12 pictures; most in: " in told
+    assert told.endswith(f"{first[0]} {first[1]}, {second[0]} {second[1]}")
+
+
+def test_the_explorer_follows_its_sliders(shaded):
+    views, ids, labels = shaded
+
+    class Upside(Shades):
+        def encode(self, view):
+            return 7 - super().encode(view)
+
+    panel = codebook_explorer({"a": Shades(), "b": Upside()}, views, labels, ("cat", "dog"), code=3)
+    book, code, line, picture = panel.children
+    assert (code.min, code.max, code.value) == (0, 7, 3)
+    for name, number, named in (("a", 3, ids), ("a", 5, ids), ("b", 2, 7 - ids)):
+        book.value, code.value = name, number
+        assert line.value == tell_code(named, number, labels, ("cat", "dog"))
+        shown = np.asarray(Image.open(io.BytesIO(picture.value)))
+        tiles = code_tiles(Shades(), views, named, number).repeat(2, 1).repeat(2, 2)
+        assert shown.shape == (24, 8 * (24 + 8), 3)
+        assert np.array_equal(shown.reshape(24, 8, 32, 3)[:, :, :24].swapaxes(0, 1), tiles)
+
+
+def test_columns_are_titled_by_time_or_by_name(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(viz.plt, "close", drawn.append)
+    rows = {name: np.zeros((4, 2, 2, 3), dtype=np.uint8) for name in ("one", "two")}
+    show_rows(rows, every=2)
+    show_rows(rows, every=2, titles=["cat", "dog", "cow", "pig"])
+    monkeypatch.undo()
+    told = [[axis.get_title() for axis in figure.axes] for figure in drawn]
+    assert told == [["t=0", "t=2", "", ""], ["cat", "cow", "", ""]]
+    for figure in drawn:
+        viz.plt.close(figure)
