@@ -168,6 +168,11 @@ def many(tmp_path, film):
     return write_list(tmp_path, [f"{n}.mp4" for n in range(400)])
 
 
+def heed_ctrl_c():
+    """Tests that a shell started in the background ignore it, and so would their children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT], ids=lambda s: s.name)
 def test_a_check_goes_on_where_it_was_stopped(many, end):
@@ -177,7 +182,7 @@ def test_a_check_goes_on_where_it_was_stopped(many, end):
     stops = 0
     for target in (20, 120):  # lines in the report at which it is stopped
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                              start_new_session=True) as process:  # fmt: skip
+                              start_new_session=True, preexec_fn=heed_ctrl_c) as process:  # fmt: skip
             while process.poll() is None:
                 if report.exists() and report.read_bytes().count(b"\n") >= target:
                     process.send_signal(end)
