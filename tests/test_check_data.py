@@ -181,8 +181,10 @@ def test_a_check_goes_on_where_it_was_stopped(many, end):
                str(many.parent), "--workers", "2"]  # fmt: skip
     stops = 0
     for target in (20, 120):  # lines in the report at which it is stopped
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                              start_new_session=True, preexec_fn=heed_ctrl_c) as process:  # fmt: skip
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            start_new_session=True, preexec_fn=heed_ctrl_c,
+        ) as process:  # fmt: skip
             while process.poll() is None:
                 if report.exists() and report.read_bytes().count(b"\n") >= target:
                     process.send_signal(end)
