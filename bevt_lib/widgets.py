@@ -1,7 +1,7 @@
 """Three small widgets: sliders over a picture, by plain ``observe``, which nbval can compare."""
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from random import Random
 
 import ipywidgets
@@ -38,6 +38,12 @@ def panel(
         slider.observe(update, "value")
     update()
     return ipywidgets.VBox([*sliders.values(), text, picture])
+
+
+def beside(tiles: Iterable[np.ndarray]) -> np.ndarray:
+    """Lay uint8 tiles (S, S, 3) side by side, each with a white gap after it."""
+    gap = ((0, 0), (0, 4), (0, 0))
+    return np.concatenate([np.pad(tile, gap, constant_values=255) for tile in tiles], axis=1)
 
 
 def mask_explorer(clips: Mapping[str, np.ndarray], grid: int, frames_per_step: int = 2):
@@ -81,7 +87,7 @@ def time_slider(rows: Mapping[str, np.ndarray]):
     def draw(time):
         shown = [r[time].repeat(size // r.shape[1], 0).repeat(size // r.shape[2], 1)
                  for r in rows.values()]  # fmt: skip
-        return np.concatenate(shown, axis=1), f"t = {time}: {' | '.join(rows)}"
+        return beside(shown), f"t = {time}: {' | '.join(rows)}"
 
     slider = ipywidgets.IntSlider(0, min=0, max=frames - 1, description="time")
     return panel({"time": slider}, draw, zoom=2)
@@ -104,8 +110,7 @@ def codebook_explorer(
     def draw(tokenizer, code):
         ids = named[tokenizer]
         tiles = code_tiles(tokenizers[tokenizer], views, ids, code)
-        spaced = np.pad(tiles, ((0, 0), (0, 0), (0, 4), (0, 0)), constant_values=255)
-        return np.concatenate(list(spaced), axis=1), tell_code(ids, code, labels, names)
+        return beside(tiles), tell_code(ids, code, labels, names)
 
     last = min(t.vocab_size for t in tokenizers.values()) - 1
     sliders = {
