@@ -228,7 +228,8 @@ def show_runs(
     """Draw the losses of runs over steps, a colour a run and a dash a stream, and validations.
 
     Losses are averaged over a trailing window; ``points`` are marked on an axis of their own, on
-    the right. Runs may differ in length and streams. See :func:`read_run` for what is read.
+    the right. Runs may differ in length and streams; the first is drawn wide, so that curves that
+    coincide are seen. See :func:`read_run` for what is read.
     """
     figure, axis = plt.subplots(figsize=(7, 3.5))
     right = None
@@ -238,7 +239,8 @@ def show_runs(
         for dash, name in zip(("-", "--", ":"), losses, strict=False):
             steps, values = run[name]
             stream = name.removesuffix("/loss")
-            axis.plot(steps, smooth(values, window), dash, color=colour, label=f"{label}: {stream}")
+            line = {"color": colour, "lw": 1.5 if number else 4.0}
+            axis.plot(steps, smooth(values, window), dash, label=f"{label}: {stream}", **line)
         if points in run:
             right = right or axis.twinx()
             right.plot(*run[points], "o", color=colour, label=f"{label}: {points}")
