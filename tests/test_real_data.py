@@ -384,7 +384,8 @@ def test_the_commands_of_the_data_page_are_real(tmp_path, monkeypatch):
         seen.add(door)
         if door in ("pretrain", "finetune"):
             recipe = override((PRETRAIN | FINETUNE)[words[0]](), words[1:])
-            assert recipe.data.video_list and recipe.data.video_root and recipe.run.init
+            if not recipe.name.startswith("lesson"):  # these read the embedded clips
+                assert recipe.data.video_list and recipe.data.video_root and recipe.run.init
         else:
             with pytest.raises(ValueError, match=r"(train|val)\w*(\.\w+)?: can't read this list"):
                 {"check_data": check_data, "bench": bench}[door].main(words)
