@@ -142,7 +142,7 @@ def look(tokenizer: FrozenTokenizer, views: Tensor, strip: Path) -> dict[str, fl
     painted = tokenizer.decode(ids)
     used, perplexity = usage(ids, tokenizer.vocab_size)
     if dist.rank() == 0:
-        rows = [torch.cat(list(part[:: len(part) // SHOWN][:SHOWN].cpu()), dim=1)
+        rows = [torch.cat(list(part[:: max(1, len(part) // SHOWN)][:SHOWN].cpu()), dim=1)
                 for part in (views, painted)]  # fmt: skip
         picture = cv2.cvtColor(torch.cat(rows).numpy(), cv2.COLOR_RGB2BGR)
         strip.parent.mkdir(parents=True, exist_ok=True)

@@ -449,6 +449,15 @@ def test_dalles_own_start_is_the_packages():
     assert torch.allclose(spread[0], spread[1] * block.post_gain, rtol=1e-4)
 
 
+def test_a_few_held_out_pictures_make_a_short_strip(tmp_path):
+    """Of one's own folder of six pictures three are held out."""
+    views = torch.arange(3 * 16 * 16 * 3).view(3, 16, 16, 3).to(torch.uint8)
+    tokenizer = Peco(hidden=4, blocks=1, code_dim=4, factor=8, vocab_size=12).tokenizer()
+    train_tokenizer.look(tokenizer, views, tmp_path / "strip.png")
+    strip = torch.from_numpy(cv2.imread(str(tmp_path / "strip.png"))[..., ::-1].copy())
+    assert strip.shape == (32, 48, 3) and torch.equal(strip[:16], torch.cat(list(views), 1))
+
+
 @pytest.mark.parametrize("name", ["lesson_peco", "paper_dvae", "paper_peco"])
 def test_a_plan_is_printed_and_nothing_is_read(name, capsys):
     train_tokenizer.main([name, "--run.dry-run", "--run.processes", "8"])
