@@ -239,8 +239,8 @@ def show_runs(
         for dash, name in zip(("-", "--", ":"), losses, strict=False):
             steps, values = run[name]
             stream = name.removesuffix("/loss")
-            line = {"color": colour, "lw": 1.5 if number else 4.0}
-            axis.plot(steps, smooth(values, window), dash, label=f"{label}: {stream}", **line)
+            axis.plot(steps, smooth(values, window), dash, color=colour,
+                      lw=1.5 if number else 4.0, label=f"{label}: {stream}")  # fmt: skip
         if points in run:
             right = right or axis.twinx()
             right.plot(*run[points], "o", color=colour, label=f"{label}: {points}")
