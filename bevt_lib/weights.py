@@ -7,7 +7,6 @@ names a file uses is told by :mod:`bevt_lib.formats`, so that ``read_weights`` t
 
 import argparse
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bevt_lib.bevt import BEVT, Classifier
-from bevt_lib.files import read_pickle, save_tensors
+from bevt_lib.files import read_pickle, write_tensors
 from bevt_lib.formats import Recognised, State, recognise, window_of
 from bevt_lib.swin import Size3
 from bevt_lib.terms import Views
@@ -90,12 +89,8 @@ def read_weights(path: Path) -> State:
 
 def save_weights(state: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None = None) -> None:
     """Write tensors to a safetensors file, atomically; ``dtype`` casts matrices to save space."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     cast = {k: v.to(dtype) if dtype and v.dim() > 1 else v for k, v in state.items()}
-    part = path.with_name(f".{path.name}.part")
-    save_tensors(cast, part)
-    os.replace(part, path)
+    write_tensors(Path(path), cast, {})
 
 
 def load_strict(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
