@@ -157,7 +157,8 @@ def lesson_what() -> Finetune:
 def small_dvae() -> TrainTokenizer:
     """A wider tokenizer with 1024 words, on 48 px views as BEVT shows them.
 
-    One GPU, about 4 minutes on an A100. Command: python -m bevt_lib.train_tokenizer small_dvae.
+    One GPU, about 4 minutes on an A100 at the share of its peak that ``cost`` assumes for Swin.
+    Command: python -m bevt_lib.train_tokenizer small_dvae.
     ``small_image`` and ``small_joint`` take it, both or neither, by
     --tokens.weights runs/small_dvae/tokenizer.safetensors.
     Ours, no paper row. Not run by us: no number to expect.
@@ -177,7 +178,8 @@ def small_dvae() -> TrainTokenizer:
 def small_image() -> Pretrain:
     """Image-stream pretraining on the embedded stills, in the shipped lesson tokenizer's words.
 
-    One GPU, about 3 minutes on an A100. Command: python -m bevt_lib.pretrain small_image.
+    One GPU, by its plan about 3 minutes on an A100. Command: python -m bevt_lib.pretrain
+    small_image.
     Ours, no paper row. Not run by us: no number to expect.
     """
     return Pretrain(
@@ -194,8 +196,8 @@ def small_image() -> Pretrain:
 def small_joint() -> Pretrain:
     """Joint pretraining on embedded clips and stills, from a run of ``small_image``.
 
-    One GPU, about 5 minutes on an A100. Command: python -m bevt_lib.pretrain small_joint
-    --run.init runs/small_image/model. The token head goes on: give the same tokenizer. Ours, no
+    One GPU, by its plan about 5 minutes on an A100. Command: python -m bevt_lib.pretrain
+    small_joint --run.init runs/small_image/model. The token head goes on: give the same tokenizer. Ours, no
     paper row. Not run by us: no number to expect.
     """
     return Pretrain(
@@ -214,8 +216,8 @@ def small_joint() -> Pretrain:
 def small_what() -> Finetune:
     """Recognise what moves (8 kinds of object), from a run of ``small_joint``.
 
-    One GPU, about 3 minutes on an A100. Command: python -m bevt_lib.finetune small_what --run.init
-    runs/small_joint/model. Ours, no paper row. Not run by us: no number to expect (chance: 0.125).
+    One GPU, by its plan about 3 minutes on an A100. Command: python -m bevt_lib.finetune
+    small_what --run.init runs/small_joint/model. Ours, no paper row. Not run by us: no number to expect (chance: 0.125).
     """
     return Finetune(
         name="small_what",
@@ -234,8 +236,8 @@ def small_what() -> Finetune:
 def small_how() -> Finetune:
     """Recognise how a clip moves (8 motions), from a run of ``small_joint``.
 
-    One GPU, about 3 minutes on an A100. Command: python -m bevt_lib.finetune small_how --run.init
-    runs/small_joint/model. Ours, no paper row. Not run by us: no number to expect (chance: 0.125).
+    One GPU, by its plan about 3 minutes on an A100. Command: python -m bevt_lib.finetune
+    small_how --run.init runs/small_joint/model. Ours, no paper row. Not run by us: no number to expect (chance: 0.125).
     """
     return replace(small_what(), name="small_how", task="how", flip=False, antisymmetric=1.0)
 
