@@ -197,8 +197,8 @@ def small_joint() -> Pretrain:
     """Joint pretraining on embedded clips and stills, from a run of ``small_image``.
 
     One GPU, by its plan about 5 minutes on an A100. Command: python -m bevt_lib.pretrain
-    small_joint --run.init runs/small_image/model. The token head goes on: give the same tokenizer. Ours, no
-    paper row. Not run by us: no number to expect.
+    small_joint --run.init runs/small_image/model. The token head goes on: give the same tokenizer.
+    Ours, no paper row. Not run by us: no number to expect.
     """
     return Pretrain(
         name="small_joint",
@@ -217,7 +217,8 @@ def small_what() -> Finetune:
     """Recognise what moves (8 kinds of object), from a run of ``small_joint``.
 
     One GPU, by its plan about 3 minutes on an A100. Command: python -m bevt_lib.finetune
-    small_what --run.init runs/small_joint/model. Ours, no paper row. Not run by us: no number to expect (chance: 0.125).
+    small_what --run.init runs/small_joint/model. Ours, no paper row. Not run by us: no number to
+    expect (chance: 0.125).
     """
     return Finetune(
         name="small_what",
@@ -237,7 +238,8 @@ def small_how() -> Finetune:
     """Recognise how a clip moves (8 motions), from a run of ``small_joint``.
 
     One GPU, by its plan about 3 minutes on an A100. Command: python -m bevt_lib.finetune
-    small_how --run.init runs/small_joint/model. Ours, no paper row. Not run by us: no number to expect (chance: 0.125).
+    small_how --run.init runs/small_joint/model. Ours, no paper row. Not run by us: no number to
+    expect (chance: 0.125).
     """
     return replace(small_what(), name="small_how", task="how", flip=False, antisymmetric=1.0)
 
