@@ -1,4 +1,5 @@
-"""BEVT kit: a thin library under the notebooks. Import the room you need: ``bevt_lib.masking``.
+"""BEVT kit: a thin library under the notebooks. Import the module you need:
+``bevt_lib.model.masking``.
 
 Importing the package does one thing: it makes ``import torchvision`` (and so timm) work where a
 CPU-only torch meets a torchvision wheel whose compiled operators don't load. A working torchvision

@@ -22,14 +22,16 @@ import torch
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
-from bevt_lib import cost, finetune, pretrain
-from bevt_lib.augment import one_thread
-from bevt_lib.config import Finetune, Pretrain, open_door
-from bevt_lib.dalle import DalleTokenizer, build
-from bevt_lib.datasets import LabelledClips, PretrainClips
+from bevt_lib import finetune, pretrain
+from bevt_lib.base.config import Finetune, Pretrain
+from bevt_lib.base.files import data_folder
+from bevt_lib.cli import open_door
+from bevt_lib.datasets.augment import one_thread
+from bevt_lib.datasets.items import LabelledClips, PretrainClips
+from bevt_lib.datasets.video import Video, read_frames
 from bevt_lib.presets import paper_joint, paper_k400, paper_ssv2
-from bevt_lib.synthetic import data_folder
-from bevt_lib.video import Video, read_frames
+from bevt_lib.scoring import cost
+from bevt_lib.tokenizers.dalle import DalleTokenizer, build
 
 FRAMES, HEIGHT, WIDTH = 300, 256, 340  # ten seconds of re-encoded Kinetics
 PICTURE = (500, 375)  # width, height: an average ImageNet picture
@@ -43,7 +45,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--list", help="your own list of videos instead of rendered ones")
     parser.add_argument("--root", default=".", help="folder of that list's files")
     parser.add_argument("--rate", type=float, help="clips a second that one GPU trains; default: "
-                        f"what bevt_lib.cost assumes of an {cost.GPU}")  # fmt: skip
+                        f"what bevt_lib.scoring.cost assumes of an {cost.GPU}")  # fmt: skip
     parser.add_argument("--processes", type=int, default=1, help="processes at the same time")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each; medians are printed")
     parser.add_argument("--clips", type=int, default=8, help="clips a turn")
@@ -179,7 +181,7 @@ def measure(recipe: Pretrain | Finetune, rounds: int, clips: int, process: int) 
 
 
 def assumed_rate(recipe: Pretrain | Finetune) -> float:
-    """Give the clips a second of one GPU by the assumptions of ``bevt_lib.cost``."""
+    """Give the clips a second of one GPU by the assumptions of ``bevt_lib.scoring.cost``."""
     with torch.device("meta"):
         if isinstance(recipe, Pretrain):
             model = pretrain.build_model(recipe)
@@ -216,7 +218,7 @@ def report(recipe: Pretrain | Finetune, rates: Rates, rate: float | None) -> str
         images = needed * recipe.optim.images / recipe.optim.clips
         cores += images / rates["images, decode + augment"]
         also = f" and {images:.1f} images/s"
-    source = "as given" if rate else f"ASSUMED of an {cost.GPU}: bevt_lib.cost"
+    source = "as given" if rate else f"ASSUMED of an {cost.GPU}: bevt_lib.scoring.cost"
     lines.append(f"  one GPU at {needed:.1f} clips/s{also} ({source}) takes {cores:.1f} cores")
     return "\n".join(lines)
 

@@ -20,9 +20,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from bevt_lib.config import open_door
-from bevt_lib.lists import PICTURES, Record, read_entries, read_image_folder, read_report
-from bevt_lib.video import BadFile, Video, read_image
+from bevt_lib.cli import open_door
+from bevt_lib.datasets.lists import PICTURES, Record, read_entries, read_image_folder, read_report
+from bevt_lib.datasets.video import BadFile, Video, read_image
 
 SHOWN = 20  # bad files printed; the report holds all
 

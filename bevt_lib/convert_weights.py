@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from bevt_lib.bevt import BEVT, Classifier
-from bevt_lib.config import open_door
-from bevt_lib.formats import NAMES, Recognised, architecture, export
-from bevt_lib.weights import Report, load_strict, read_checkpoint, save_weights
+from bevt_lib.cli import open_door
+from bevt_lib.model.bevt import BEVT
+from bevt_lib.model.classifier import Classifier
+from bevt_lib.weights.formats import NAMES, Recognised, architecture, export
+from bevt_lib.weights.load import Report, load_strict, read_checkpoint, save_weights
 
 TOKENIZER_FILE = "tokenizer_encoder.safetensors"  # beside model.safetensors, where a file holds one
 

@@ -18,12 +18,16 @@ from pathlib import Path
 
 import torch
 
-from bevt_lib import checkpoint, cost, dist, engine, synthetic
-from bevt_lib.config import Finetune, choose, open_door
+from bevt_lib.base import distributed
+from bevt_lib.base.config import Finetune
+from bevt_lib.cli import choose, open_door
+from bevt_lib.datasets import synthetic
 from bevt_lib.finetune import CLASSES, build_model, run_folder, score
-from bevt_lib.metrics import ClassScore
 from bevt_lib.presets import FINETUNE
-from bevt_lib.weights import load_strict, read_weights
+from bevt_lib.scoring import cost
+from bevt_lib.scoring.classes import ClassScore
+from bevt_lib.training import checkpoint, loop
+from bevt_lib.weights.load import load_strict, read_weights
 
 LISTED = 20  # unreadable videos named on the screen; the file names all
 
@@ -55,9 +59,9 @@ def main(arguments: list[str]) -> None:
     if recipe.run.dry_run:
         print(plan(recipe))
         return
-    with dist.world():
+    with distributed.world():
         result, file = evaluate(recipe)
-        if dist.rank() == 0:
+        if distributed.rank() == 0:
             print(f"{recipe.task} {recipe.split}: {result}; scores of each video in {file}")
 
 
@@ -76,16 +80,16 @@ def evaluate(recipe: Evaluate) -> tuple[ClassScore, Path]:
                          "--data.val-list")  # fmt: skip
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
-    engine.be_deterministic(recipe.run.deterministic)
+    loop.be_deterministic(recipe.run.deterministic)
     source = weights_of(Path(recipe.run.init))
-    model = build_model(recipe).to(dist.device())
+    model = build_model(recipe).to(distributed.device())
     load_strict(model, read_weights(source), str(source))
-    dist.first_alone(synthetic.render, needed=not recipe.data.val_list)
+    distributed.first_alone(synthetic.render, needed=not recipe.data.val_list)
     file = Path(run_folder(recipe)) / f"scores_{recipe.split}.jsonl"
-    if dist.rank() == 0:
+    if distributed.rank() == 0:
         print(f"model: {source}")
     result = score(recipe, model, recipe.split, recipe.run.test_clips, file)
-    if result.unread and dist.rank() == 0:
+    if result.unread and distributed.rank() == 0:
         print(*result.unread[:LISTED], sep="\n", file=sys.stderr)
     if result.unread and not recipe.allow_missing:
         raise ValueError(

@@ -9,28 +9,30 @@ after --run.stop-after only if --run.test-clips says on how many clips, after SI
 """
 
 import json
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bevt_lib import cost, dist, engine, synthetic
-from bevt_lib.augment import normalise
-from bevt_lib.bevt import Classifier
-from bevt_lib.config import Finetune, choose, flatten, open_door
-from bevt_lib.datasets import LabelledClips, Positions
-from bevt_lib.engine import Batch, Source
-from bevt_lib.formats import released_name
-from bevt_lib.lists import leave_out_bad, read_entries, read_list
-from bevt_lib.metrics import ClassScore, Scores, score_classes, score_videos
-from bevt_lib.optim import total_steps
+from bevt_lib.base import distributed, files
+from bevt_lib.base.config import Finetune, Views, flatten
+from bevt_lib.base.seeds import Purpose, Stream, seeded_globals
+from bevt_lib.cli import choose, open_door
+from bevt_lib.datasets import synthetic
+from bevt_lib.datasets.items import LabelledClips, Positions
+from bevt_lib.datasets.lists import leave_out_bad, read_entries, read_list
+from bevt_lib.model.classifier import Classifier
+from bevt_lib.model.normalisation import normalise
 from bevt_lib.presets import FINETUNE
-from bevt_lib.seeds import Purpose, Stream, seeded_globals
-from bevt_lib.terms import Views
-from bevt_lib.weights import load_strict, read_weights, start_classifier
+from bevt_lib.scoring import cost
+from bevt_lib.scoring.classes import ClassScore, score_classes, score_videos, write_scores
+from bevt_lib.training import loop
+from bevt_lib.training.loop import Batch, Source
+from bevt_lib.training.optim import total_steps
+from bevt_lib.weights.formats import released_name
+from bevt_lib.weights.load import load_strict, read_weights, start_classifier
 
 CLASSES = {"what": synthetic.KINDS, "how": synthetic.MOTIONS}  # elsewhere, the lists' numbers
 
@@ -41,7 +43,7 @@ def main(arguments: list[str]) -> None:
     if recipe.run.dry_run:
         print(plan(recipe))
         return
-    with dist.world():
+    with distributed.world():
         model, history, steps = train_of(recipe)
         finish(recipe, model, len(history), steps)
 
@@ -60,14 +62,14 @@ def finish(recipe: Finetune, model: Classifier, done: int, steps: int) -> None:
         if which:
             load_strict(model, read_weights(folder / "best"), str(folder / "best"))
         result: ClassScore | str = f"not tested at step {done} of {steps}"
-        if dist.rank() == 0:
+        if distributed.rank() == 0:
             model.save_pretrained(folder / f"{which}model")
         if tested:
             result = score(
                 recipe, model, count=run.test_clips, clips=recipe.test_clips,
                 crops=recipe.test_crops, file=folder / f"scores_{which}test.jsonl",
             )  # fmt: skip
-        if dist.rank() == 0:
+        if distributed.rank() == 0:
             step = json.loads((folder / "best" / "state.json").read_text())["step"] if which else 0
             name = f"{recipe.task}, best in validation (step {step})" if which else recipe.task
             print(f"{name}: {result}; model in {folder}/{which}model")
@@ -103,7 +105,7 @@ def start_weights(recipe: Finetune, model: Classifier) -> str:
     """Load the weights the recipe starts from; "scratch" as run.init means random weights."""
     path = recipe.run.init
     if not path and recipe.default_init:
-        path = str(synthetic.data_folder() / recipe.default_init)
+        path = str(files.data_folder() / recipe.default_init)
     if not path:
         raise ValueError(
             f"{recipe.name} starts from pretrained weights: give them with --run.init FILE, or "
@@ -182,11 +184,11 @@ def train_of(recipe: Finetune) -> tuple[Classifier, list[dict[str, float]], int]
     """Do :func:`train`, and also give the steps of the whole run."""
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
-    engine.be_deterministic(recipe.run.deterministic)
-    dist.first_alone(synthetic.render, needed=not recipe.data.video_list)
+    loop.be_deterministic(recipe.run.deterministic)
+    distributed.first_alone(synthetic.render, needed=not recipe.data.video_list)
     model = build_model(recipe)
     report = start_weights(recipe, model)
-    if dist.rank() == 0:
+    if distributed.rank() == 0:
         print(report)
     items = Positions(build_items(recipe), seed=recipe.run.seed, stream=Stream.VIDEO,
                       workers=recipe.data.workers)  # fmt: skip
@@ -196,9 +198,9 @@ def train_of(recipe: Finetune) -> tuple[Classifier, list[dict[str, float]], int]
         every = round(recipe.val_epochs * len(items) / recipe.optim.clips)
         validated = {"validate": validation(recipe, model), "validate_every": max(1, every),
                      "best_by": "top1"}  # fmt: skip
-    history = engine.fit(
+    history = loop.fit(
         model, {"clip": Source(items, recipe.optim.clips)}, recipe.optim,
-        engine.in_folder(recipe.run, run_folder(recipe)),
+        loop.in_folder(recipe.run, run_folder(recipe)),
         steps=steps, prepare=prepare, config=flatten(recipe), rename=released_name,
         bad_share=recipe.data.bad_share, **validated,
     )  # fmt: skip
@@ -244,33 +246,12 @@ def score(
         model, items, recipe.num_classes, count=count, at_once=recipe.views_at_once,
         workers=recipe.data.workers, bad=bad, **views,
     )  # fmt: skip
-    if file and dist.rank() == 0:
+    if file and distributed.rank() == 0:
         root = Path(recipe.data.video_root or ".") if recipe.data.val_list else synthetic.render()
         paths = [entry.path for entry in items.entries]
         names = [(p.relative_to(root) if p.is_relative_to(root) else p).as_posix() for p in paths]
         write_scores(found, names, file)
     return found.summary()
-
-
-def write_scores(scores: Scores, names: Sequence[str], file: Path) -> None:
-    """Write one JSON line for each video of a list, in its order, at once.
-
-    "path", "label", then "predicted" and "probabilities" of the classes (every digit of their
-    float32), or "error".
-    """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.part")
-    with part.open("w", encoding="utf-8") as lines:
-        pairs = zip(scores.labels.tolist(), scores.probabilities.numpy(), strict=True)
-        for number, (label, row) in enumerate(pairs):
-            entry: dict[str, Any] = {"path": names[number], "label": label}
-            if number in scores.errors:
-                entry["error"] = scores.errors[number]
-            else:
-                entry["predicted"] = int(row.argmax())
-                entry["probabilities"] = [float(str(p)) for p in row]
-            lines.write(json.dumps(entry, ensure_ascii=False) + "\n")
-    os.replace(part, file)
 
 
 def plan(recipe: Finetune) -> str:

@@ -12,17 +12,19 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from bevt_lib import dist
-from bevt_lib.bevt import BEVT, Classifier, Tokenizer, add_tokens
-from bevt_lib.config import open_door
-from bevt_lib.datasets import LabelledClips, PretrainClips
-from bevt_lib.lists import Entry
-from bevt_lib.masking import mask_budget, mask_in_time
-from bevt_lib.metrics import score_views
+from bevt_lib.base import distributed
+from bevt_lib.base.config import Views
+from bevt_lib.cli import open_door
+from bevt_lib.datasets.items import LabelledClips, PretrainClips
+from bevt_lib.datasets.lists import Entry
+from bevt_lib.model.bevt import BEVT
+from bevt_lib.model.classifier import Classifier
+from bevt_lib.model.masking import mask_budget, mask_in_time
 from bevt_lib.pretrain import STRIDE, hide_tubes, shipped_tokenizer
-from bevt_lib.terms import Views
-from bevt_lib.tokenizer import load_tokenizer
-from bevt_lib.weights import load_model
+from bevt_lib.scoring.classes import score_views
+from bevt_lib.tokenizers.base import Tokenizer, add_tokens
+from bevt_lib.tokenizers.load import load_tokenizer
+from bevt_lib.weights.load import load_model
 
 TUBE = (0.5, 1.0)  # of the clip's time steps; released
 
@@ -38,12 +40,12 @@ def main(arguments: list[str]) -> None:
         given = parser.parse_args(arguments)
     except argparse.ArgumentError as error:
         raise ValueError(str(error)) from None
-    model = load_model(given.folder).to(dist.device())
+    model = load_model(given.folder).to(distributed.device())
     if isinstance(model, Classifier):
         for name, probability in classify(model, given.video)[: given.top]:
             print(f"{probability:6.1%}  {name}")
         return
-    tokenizer = load_tokenizer(given.tokens or shipped_tokenizer()).to(dist.device())
+    tokenizer = load_tokenizer(given.tokens or shipped_tokenizer()).to(distributed.device())
     guess = name_hidden(model, tokenizer, given.video)
     right = (guess.named == guess.ids)[guess.hidden]
     print(f"{len(right)} of {guess.hidden.size} places hidden; {right.mean():.1%} named right")

@@ -8,7 +8,7 @@ ours comes from the released configs or README of BEVT.
 from collections.abc import Callable
 from dataclasses import replace
 
-from bevt_lib.config import (
+from bevt_lib.base.config import (
     Data,
     Finetune,
     Masking,
@@ -35,8 +35,8 @@ LESSON_TOKENS = Tokens(vocab_size=256)
 LESSON_MASKING = Masking(tube=(0.5, 0.75))  # of 4 time steps: each place is seen at some time
 
 # The lesson's pixels (the clips have no more); all 16 frames of a clip, the paper's 8 time steps.
-# Minutes told below are those of bevt_lib.cost, by Swin-B's share of the peak. Small matrices reach
-# a smaller one: hence the room up to 20 minutes.
+# The minutes below are those of scoring.cost, by Swin-B's share of the peak. Small matrices
+# reach a smaller one: hence the room up to 20 minutes.
 SMALL_MODEL = Model(
     embed_dim=64, depths=(2, 2, 6, 2), num_heads=(2, 4, 8, 16), window=(8, 3, 3),
     drop_path=0.1, linear_std=0.0,

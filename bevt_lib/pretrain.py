@@ -9,23 +9,27 @@ from random import Random
 import numpy as np
 import torch
 
-from bevt_lib import cost, dist, engine, synthetic
-from bevt_lib.bevt import BEVT, Tokenizer, add_tokens
-from bevt_lib.config import Pretrain, choose, flatten, open_door
-from bevt_lib.dalle import DalleTokenizer, build
-from bevt_lib.datasets import Positions, PretrainClips, PretrainImages
-from bevt_lib.engine import Source
-from bevt_lib.files import digest
-from bevt_lib.formats import released_name
-from bevt_lib.lists import leave_out_bad, read_entries, read_image_folder, read_list
-from bevt_lib.masking import block_mask, tube_mask
-from bevt_lib.metrics import TokenScore, score_tokens
-from bevt_lib.optim import total_steps
+from bevt_lib.base import distributed, files
+from bevt_lib.base.config import Pretrain, Views, flatten
+from bevt_lib.base.files import digest
+from bevt_lib.base.seeds import Purpose, Stream, seeded_globals
+from bevt_lib.cli import choose, open_door
+from bevt_lib.datasets import synthetic
+from bevt_lib.datasets.items import Positions, PretrainClips, PretrainImages
+from bevt_lib.datasets.lists import leave_out_bad, read_entries, read_image_folder, read_list
+from bevt_lib.model.bevt import BEVT
+from bevt_lib.model.masking import block_mask, tube_mask
 from bevt_lib.presets import PRETRAIN, lesson_dvae
-from bevt_lib.seeds import Purpose, Stream, seeded_globals
-from bevt_lib.terms import Views
-from bevt_lib.tokenizer import FrozenTokenizer, load_tokenizer
-from bevt_lib.weights import read_weights, start_pretraining
+from bevt_lib.scoring import cost
+from bevt_lib.scoring.tokens import TokenScore, score_tokens
+from bevt_lib.tokenizers.base import Tokenizer, add_tokens
+from bevt_lib.tokenizers.dalle import DalleTokenizer, build
+from bevt_lib.tokenizers.load import FrozenTokenizer, load_tokenizer
+from bevt_lib.training import loop
+from bevt_lib.training.loop import Source
+from bevt_lib.training.optim import total_steps
+from bevt_lib.weights.formats import released_name
+from bevt_lib.weights.load import read_weights, start_pretraining
 
 STRIDE = 16  # pixels of the clip per token: Swin's stage 3
 
@@ -36,9 +40,9 @@ def main(arguments: list[str]) -> None:
     if recipe.run.dry_run:
         print(plan(recipe))
         return
-    with dist.world():
+    with distributed.world():
         model, history = train(recipe)
-        if dist.rank() == 0:
+        if distributed.rank() == 0:
             model.save_pretrained(Path(run_folder(recipe)) / "model")
             last = history[-1]
             print(f"step {last['step'] + 1}: loss {last['loss']:.3f}; run in {run_folder(recipe)}")
@@ -63,7 +67,7 @@ def build_model(recipe: Pretrain) -> BEVT:
 
 def shipped_tokenizer() -> Path:
     """Find the lesson tokenizer's file."""
-    return synthetic.data_folder() / "weights" / "lesson_dvae.safetensors"
+    return files.data_folder() / "weights" / "lesson_dvae.safetensors"
 
 
 def build_tokenizer(recipe: Pretrain) -> FrozenTokenizer:
@@ -71,7 +75,9 @@ def build_tokenizer(recipe: Pretrain) -> FrozenTokenizer:
 
     Raises ValueError where none is named and the recipe is made for another than the shipped one.
     """
-    tokenizer = load_tokenizer(recipe.tokens.weights or shipped_tokenizer()).to(dist.device())
+    tokenizer = load_tokenizer(recipe.tokens.weights or shipped_tokenizer()).to(
+        distributed.device()
+    )
     if not recipe.tokens.weights and sized_for(recipe, tokenizer) != recipe:
         raise ValueError(
             f"{recipe.name} needs a tokenizer of {recipe.tokens.vocab_size} tokens of "
@@ -100,7 +106,7 @@ def start_weights(recipe: Pretrain, model: BEVT) -> str:
     """
     path = recipe.run.init
     if not path and recipe.default_init:
-        path = str(synthetic.data_folder() / recipe.default_init)
+        path = str(files.data_folder() / recipe.default_init)
     if not path:
         if recipe.needs_init:
             raise ValueError(
@@ -176,14 +182,14 @@ def train(recipe: Pretrain) -> tuple[BEVT, list[dict[str, float]]]:
     """Run a pretraining recipe; return the model and the record, one dict per step."""
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
-    engine.be_deterministic(recipe.run.deterministic)
+    loop.be_deterministic(recipe.run.deterministic)
     tokenizer = build_tokenizer(recipe)
     recipe = sized_for(recipe, tokenizer)
     model = build_model(recipe)
     report = start_weights(recipe, model)
-    if dist.rank() == 0:
+    if distributed.rank() == 0:
         print(report)
-    dist.first_alone(synthetic.render, needed=not recipe.data.image_root)
+    distributed.first_alone(synthetic.render, needed=not recipe.data.image_root)
     sources = {
         stream: Source(
             Positions(
@@ -195,8 +201,8 @@ def train(recipe: Pretrain) -> tuple[BEVT, list[dict[str, float]]]:
         for stream, batch in global_batches(recipe).items()
     }  # fmt: skip
     first = sources[recipe.streams[0]].items
-    history = engine.fit(
-        model, sources, recipe.optim, engine.in_folder(recipe.run, run_folder(recipe)),
+    history = loop.fit(
+        model, sources, recipe.optim, loop.in_folder(recipe.run, run_folder(recipe)),
         steps=total_steps(recipe.optim, len(first)),
         prepare=lambda batch, step: add_tokens(
             batch, tokenizer, hidden_only=True, fp16=recipe.tokens.fp16),

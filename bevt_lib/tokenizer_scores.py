@@ -18,14 +18,16 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from bevt_lib import dist, pretrain
-from bevt_lib.config import open_door
-from bevt_lib.dalle import FACTOR
-from bevt_lib.dvae import cells_of, mean_colours, name_cells, nearest_code, psnr, usage
-from bevt_lib.perceptual import LABEL_FREE, SUPERVISED, PerceptualDistance
+from bevt_lib import pretrain
+from bevt_lib.base import distributed
+from bevt_lib.base.files import data_folder
+from bevt_lib.cli import open_door
 from bevt_lib.presets import lesson_image
-from bevt_lib.synthetic import data_folder
-from bevt_lib.tokenizer import load_tokenizer
+from bevt_lib.tokenizers.base import psnr, usage
+from bevt_lib.tokenizers.baselines import cells_of, mean_colours, name_cells, nearest_code
+from bevt_lib.tokenizers.dalle import FACTOR
+from bevt_lib.tokenizers.load import load_tokenizer
+from bevt_lib.tokenizers.perceptual import LABEL_FREE, SUPERVISED, PerceptualDistance
 
 WORDS = 256  # codes of the k-means baseline: as many as the lesson tokenizers have
 SHIPPED = ("lesson_dvae", "lesson_peco")
@@ -147,10 +149,10 @@ def compare(files: Mapping[str, Path], networks: Mapping[str, PerceptualDistance
         )  # fmt: skip
 
     for name, path in files.items():
-        tokenizer = load_tokenizer(path).to(dist.device())
+        tokenizer = load_tokenizer(path).to(distributed.device())
         if tokenizer.factor != FACTOR:
             raise ValueError(f"{path} has {tokenizer.factor} px per id: here {FACTOR} are compared")
-        seen, ids = (tokenizer.encode(views.to(dist.device())) for views in (train, test))
+        seen, ids = (tokenizer.encode(views.to(distributed.device())) for views in (train, test))
         enter(name, tokenizer.decode(ids).cpu(), seen.cpu(), ids.cpu(), tokenizer.vocab_size)
     codes = kmeans_codes(train)
     seen, ids = name_cells(train, codes), name_cells(test, codes)
@@ -192,7 +194,7 @@ def main(arguments: list[str]) -> None:
     if any(not path for _, _, path in pairs) or ("--json" in arguments and not target):
         raise ValueError("usage: python -m bevt_lib.tokenizer_scores [NAME=FILE ...] [--json FILE]")
     shipped = {n: data_folder() / "weights" / f"{n}.safetensors" for n in SHIPPED}
-    networks = {n: PerceptualDistance(n, side=SEEN).to(dist.device()) for n in NETWORKS}
+    networks = {n: PerceptualDistance(n, side=SEEN).to(distributed.device()) for n in NETWORKS}
     table = compare({n: Path(path) for n, _, path in pairs} or shipped, networks)
     print(write(table))
     if target:

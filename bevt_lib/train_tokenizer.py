@@ -12,20 +12,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bevt_lib import cost, dist, engine, synthetic
-from bevt_lib.config import TrainPeco, TrainTokenizer, choose, flatten, open_door
-from bevt_lib.dalle import save_tokenizer, to_unit
-from bevt_lib.datasets import Pictures, Positions
-from bevt_lib.dvae import DVAE, anneal, psnr, usage
-from bevt_lib.engine import Batch, Source
-from bevt_lib.lists import Entry, read_image_folder
-from bevt_lib.optim import cycle_of, total_steps
-from bevt_lib.peco import Peco, PecoTokenizer, save_peco
-from bevt_lib.perceptual import PerceptualDistance
+from bevt_lib.base import distributed, files
+from bevt_lib.base.config import TrainPeco, TrainTokenizer, flatten
+from bevt_lib.base.seeds import Purpose, Stream, seeded_globals, torch_generator
+from bevt_lib.cli import choose, open_door
+from bevt_lib.datasets import synthetic
+from bevt_lib.datasets.items import Pictures, Positions
+from bevt_lib.datasets.lists import Entry, read_image_folder
+from bevt_lib.datasets.video import Video
 from bevt_lib.presets import TRAIN_TOKENIZER
-from bevt_lib.seeds import Purpose, Stream, seeded_globals, torch_generator
-from bevt_lib.tokenizer import FrozenTokenizer
-from bevt_lib.video import Video
+from bevt_lib.scoring import cost
+from bevt_lib.tokenizers.base import psnr, to_unit, usage
+from bevt_lib.tokenizers.dalle import save_tokenizer
+from bevt_lib.tokenizers.dvae import DVAE, anneal
+from bevt_lib.tokenizers.load import FrozenTokenizer
+from bevt_lib.tokenizers.peco import Peco, PecoTokenizer, save_peco
+from bevt_lib.tokenizers.perceptual import PerceptualDistance
+from bevt_lib.training import loop
+from bevt_lib.training.loop import Batch, Source
+from bevt_lib.training.optim import cycle_of, total_steps
 
 STRIDE = 16  # pixels of a picture per id: BEVT's grid
 FILM_STEP = 8  # every eighth film frame is a training picture
@@ -43,9 +48,9 @@ def main(arguments: list[str]) -> None:
     if recipe.run.dry_run:
         print(plan(recipe))
         return
-    with dist.world():
+    with distributed.world():
         model, history = train(recipe)
-        if dist.rank() == 0:
+        if distributed.rank() == 0:
             path = Path(run_folder(recipe)) / "tokenizer.safetensors"
             save(model.tokenizer(), path)
             last = history[-1]
@@ -71,7 +76,7 @@ def training_entries() -> list[Entry]:
     photos = [Entry(path, 0) for path in synthetic.photo_splits()["train"]] * PHOTO_REPEATS
     film = [
         Entry(path, frame)
-        for path in sorted((synthetic.data_folder() / "film").glob("*.mp4"))
+        for path in sorted((files.data_folder() / "film").glob("*.mp4"))
         for frame in range(0, len(Video(path)), FILM_STEP)
     ]
     return read_image_folder(folder / "images" / "train") + photos + film
@@ -116,7 +121,7 @@ def perceptual_distance(recipe: TrainPeco) -> PerceptualDistance | None:
     return PerceptualDistance(
         recipe.perceptual, recipe.perceptual_weights, recipe.perceptual_levels,
         recipe.perceptual_side,
-    ).to(dist.device())  # fmt: skip
+    ).to(distributed.device())  # fmt: skip
 
 
 def prepare_batch(recipe: Recipe, batch: Batch, step: int) -> Batch:
@@ -141,7 +146,7 @@ def look(tokenizer: FrozenTokenizer, views: Tensor, strip: Path) -> dict[str, fl
     ids = tokenizer.encode(views)
     painted = tokenizer.decode(ids)
     used, perplexity = usage(ids, tokenizer.vocab_size)
-    if dist.rank() == 0:
+    if distributed.rank() == 0:
         rows = [torch.cat(list(part[:: max(1, len(part) // SHOWN)][:SHOWN].cpu()), dim=1)
                 for part in (views, painted)]  # fmt: skip
         picture = cv2.cvtColor(torch.cat(rows).numpy(), cv2.COLOR_RGB2BGR)
@@ -154,8 +159,8 @@ def train(recipe: Recipe) -> tuple[DVAE | Peco, list[dict[str, float]]]:
     """Run a tokenizer recipe; return the model and the record, one dict per step."""
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
-    engine.be_deterministic(recipe.run.deterministic)
-    dist.first_alone(synthetic.render, needed=not recipe.data.image_root)
+    loop.be_deterministic(recipe.run.deterministic)
+    distributed.first_alone(synthetic.render, needed=not recipe.data.image_root)
     d, seed, folder = recipe.data, recipe.run.seed, Path(run_folder(recipe))
     entries, held = split_entries(recipe)
     pictures = pictures_of(recipe, entries)
@@ -167,7 +172,7 @@ def train(recipe: Recipe) -> tuple[DVAE | Peco, list[dict[str, float]]]:
     start_words(recipe, model, pictures)
     watched = pictures_of(recipe, held)
     views = torch.from_numpy(np.stack([watched.sample(0, i)["view"] for i in range(len(held))]))
-    views = views.to(dist.device())
+    views = views.to(distributed.device())
 
     def after_step(step: int) -> Mapping[str, float]:
         if isinstance(model, Peco):
@@ -177,9 +182,9 @@ def train(recipe: Recipe) -> tuple[DVAE | Peco, list[dict[str, float]]]:
     def validate(done: int) -> dict[str, float]:
         return look(model.tokenizer(), views, folder / "strips" / f"step_{done:08d}.png")
 
-    history = engine.fit(
+    history = loop.fit(
         model, {"picture": Source(items, recipe.optim.images)}, recipe.optim,
-        engine.in_folder(recipe.run, str(folder)), steps=steps,
+        loop.in_folder(recipe.run, str(folder)), steps=steps,
         prepare=lambda batch, step: prepare_batch(recipe, batch, step),
         after_step=after_step, config=flatten(recipe), bad_share=d.bad_share,
         validate=validate, validate_every=recipe.watch_every,
@@ -208,14 +213,14 @@ def plan(recipe: Recipe) -> str:
     painting = cost.empty(1, getattr(recipe, "code_dim", recipe.tokens.vocab_size), grid, grid)
     work = cost.count(model.encoder, picture).total + cost.count(model.decoder, painting).total
     batches = {"picture": recipe.optim.images}
-    processes = recipe.run.processes or dist.world_size()
+    processes = recipe.run.processes or distributed.world_size()
     expected = recipe.data.expected_items
     lines = {
         "preset": recipe.name,
         "parameters": f"{cost.parameters(model):,} trained",
         "view": f"{side}x{side} px, {grid}x{grid} ids of {recipe.tokens.vocab_size:,}",
         "global batch": f"{recipe.optim.images} pictures",
-        "cut into": str(engine.split_batch(batches, processes, recipe.run.micro_batch)),
+        "cut into": str(loop.split_batch(batches, processes, recipe.run.micro_batch)),
         "steps": f"{total_steps(recipe.optim, expected):,}"
                  + (f" ({expected:,} pictures)" if expected else ""),
         "one picture": f"multiply-adds forward: {cost.amount(work)}",

@@ -21,7 +21,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from bevt_lib.video import write_video
+from bevt_lib.datasets.video import write_video
 
 HERE = Path(__file__).parent
 PHOTO_SIZE = (208, 104)  # width, height

@@ -16,10 +16,12 @@ from pathlib import Path
 
 import torch
 
-from bevt_lib import checkpoint, synthetic
+from bevt_lib.base import files
+from bevt_lib.datasets import synthetic
 from bevt_lib.presets import TRAIN_TOKENIZER
 from bevt_lib.train_tokenizer import build_model, save
-from bevt_lib.weights import read_file, read_weights, save_weights
+from bevt_lib.training import checkpoint
+from bevt_lib.weights.load import read_file, read_weights, save_weights
 
 CURVE_STEP = 25  # steps averaged into one point of the curve
 
@@ -59,7 +61,7 @@ def main(run: Path, name: str, command: str) -> None:
             if any(k.startswith("val/") for k in e)
         ],
         "training_files": {
-            path.relative_to(synthetic.data_folder()).as_posix(): sha256(path)
+            path.relative_to(files.data_folder()).as_posix(): sha256(path)
             for path in training_files(with_film=name in TRAIN_TOKENIZER)
         },
     }
@@ -70,7 +72,7 @@ def main(run: Path, name: str, command: str) -> None:
 def training_files(with_film: bool) -> list[Path]:
     """List the source files that the training split is rendered from."""
     cutouts = [path for kind in synthetic.cutout_splits()["seen"] for path in kind]
-    film = sorted((synthetic.data_folder() / "film").glob("*.mp4")) if with_film else []
+    film = sorted((files.data_folder() / "film").glob("*.mp4")) if with_film else []
     return synthetic.photo_splits()["train"] + cutouts + film
 
 

@@ -28,8 +28,8 @@ from pathlib import Path
 
 import tiny_run
 
-from bevt_lib import checkpoint, record
-from bevt_lib.engine import TIMINGS
+from bevt_lib.training import checkpoint, run_folder
+from bevt_lib.training.loop import TIMINGS
 
 STEPS, SAVE_EVERY, VALIDATE_EVERY, EMA = 24, 3, 5, 0.3
 SETTINGS = {"save_every": SAVE_EVERY, "validate_every": VALIDATE_EVERY, "ema": EMA}
@@ -201,7 +201,7 @@ def launch(folder: Path, *options: str, **environment: str) -> subprocess.Popen:
 def wait_for_lines(folder: Path, count: int, child: subprocess.Popen) -> bool:
     """Wait until the record has so many lines; False: the run ended before."""
     while child.poll() is None:
-        if len(record.read_metrics(folder)) >= count:
+        if len(run_folder.read_metrics(folder)) >= count:
             return True
         time.sleep(0.005)
     return False

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from test_doors import run
 
-from bevt_lib import bench, cost
-from bevt_lib.config import override
-from bevt_lib.lists import read_entries
+from bevt_lib import bench
+from bevt_lib.cli import override
+from bevt_lib.datasets.lists import read_entries
+from bevt_lib.datasets.video import Video, read_frames
 from bevt_lib.presets import paper_joint, paper_k400, paper_ssv2
-from bevt_lib.video import Video, read_frames
+from bevt_lib.scoring import cost
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,8 @@ from PIL import Image
 from test_doors import run
 
 from bevt_lib import check_data
-from bevt_lib.lists import Record, read_report
-from bevt_lib.video import write_video
+from bevt_lib.datasets.lists import Record, read_report
+from bevt_lib.datasets.video import write_video
 
 FRAMES = 40
 

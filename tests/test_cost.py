@@ -12,12 +12,14 @@ from golden_numbers import CASES, FOLDER, arrays
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 
-from bevt_lib import cost, engine, finetune, presets, pretrain
-from bevt_lib.bevt import Classifier
-from bevt_lib.dalle import DalleTokenizer, build
-from bevt_lib.formats import released_name
-from bevt_lib.masking import tube_mask
-from bevt_lib.swin import Block
+from bevt_lib import finetune, presets, pretrain
+from bevt_lib.model.classifier import Classifier
+from bevt_lib.model.masking import tube_mask
+from bevt_lib.model.swin import Block
+from bevt_lib.scoring import cost
+from bevt_lib.tokenizers.dalle import DalleTokenizer, build
+from bevt_lib.training import loop
+from bevt_lib.weights.formats import released_name
 
 COUNTS = json.loads((FOLDER / CASES["counts"]).read_text()) if "counts" in CASES else {}
 SMALL = {"embed_dim": 24, "depths": (1, 2, 3, 1), "num_heads": (1, 2, 4, 8), "window": (4, 3, 3)}
@@ -224,7 +226,7 @@ def test_memory_follows_the_micro_batch_the_world_and_the_average(joint):
     recipe, model, items = joint
 
     def parts(processes, micro, ema=0.0):
-        split = engine.split_batch(pretrain.global_batches(recipe), processes, micro)
+        split = loop.split_batch(pretrain.global_batches(recipe), processes, micro)
         changed = replace(recipe, optim=replace(recipe.optim, ema=ema))
         return list(cost.memory(changed, model, items, split).values())
 

@@ -15,12 +15,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from bevt_lib import dalle, pretrain
-from bevt_lib.bevt import BEVT
-from bevt_lib.config import open_door
+from bevt_lib import pretrain
+from bevt_lib.cli import open_door
 from bevt_lib.convert_weights import TOKENIZER_FILE, convert
-from bevt_lib.formats import export
-from bevt_lib.tokenizer import load_tokenizer
+from bevt_lib.model.bevt import BEVT
+from bevt_lib.tokenizers import dalle, openai_files
+from bevt_lib.tokenizers.load import load_tokenizer
+from bevt_lib.weights.formats import export
 
 # What modules of torch 1.7 hold: later ones hold more.
 OLD = {"_parameters", "_buffers", "_non_persistent_buffers_set", "_backward_hooks",
@@ -68,7 +69,7 @@ def parts():
 
 @pytest.fixture
 def folder(parts, tmp_path):
-    for module, name in zip(parts, dalle.FILES, strict=True):
+    for module, name in zip(parts, openai_files.FILES, strict=True):
         torch.save(module, tmp_path / name)
     return tmp_path
 
@@ -90,7 +91,7 @@ def test_pickled_modules_load_old_ones_as_well(parts, folder, views, kept, requi
     with torch.no_grad():
         words = torch.nn.functional.one_hot(expected, 32).permute(0, 3, 1, 2).float()
         mean, spread = parts[1](words).chunk(2, 1)
-    for module, name in zip(parts, dalle.FILES, strict=True):
+    for module, name in zip(parts, openai_files.FILES, strict=True):
         module.requires_grad_(requires_grad)
         torch.save(module if kept is None else age(module, kept), folder / name)
     for _ in range(2):  # from the pickles, then from what was made of them
@@ -101,7 +102,7 @@ def test_pickled_modules_load_old_ones_as_well(parts, folder, views, kept, requi
         own = dall_e.unmap_pixels(dalle.expected_pixels(mean, spread))
         assert (painted - own).abs().max() <= 0.5 / 255 + 1e-5
         assert not any(p.requires_grad for p in tokenizer.parameters())
-    assert header(folder / dalle.CONVERTED)["sources"] == sums(folder)
+    assert header(folder / openai_files.CONVERTED)["sources"] == sums(folder)
 
 
 def test_pickles_are_converted_once_and_anew_when_they_change(folder, views, monkeypatch):
@@ -113,18 +114,20 @@ def test_pickles_are_converted_once_and_anew_when_they_change(folder, views, mon
     other = make(dall_e.Encoder, seed=5)
     torch.save(other, folder / "encoder.pkl")
     assert torch.equal(load_tokenizer(folder).encode(views), named(other, views))
-    assert len(reads) == 2 and header(folder / dalle.CONVERTED)["sources"] == sums(folder)
+    assert len(reads) == 2 and header(folder / openai_files.CONVERTED)["sources"] == sums(folder)
     assert not torch.equal(named(other, views), first)
-    for name in dalle.FILES:  # what was made of them is enough, in its folder and by its name
+    for (
+        name
+    ) in openai_files.FILES:  # what was made of them is enough, in its folder and by its name
         (folder / name).unlink()
-    for path in (folder, folder / dalle.CONVERTED):
+    for path in (folder, folder / openai_files.CONVERTED):
         assert torch.equal(load_tokenizer(path).encode(views), named(other, views))
-    assert {p.name for p in folder.iterdir() if p.suffix != ".lock"} == {dalle.CONVERTED}
+    assert {p.name for p in folder.iterdir() if p.suffix != ".lock"} == {openai_files.CONVERTED}
 
 
 def test_damage_to_the_converted_file_is_seen(folder, views):
     expected = load_tokenizer(folder).encode(views)
-    path = folder / dalle.CONVERTED
+    path = folder / openai_files.CONVERTED
     whole = path.read_bytes()
     for damaged in (whole[:-1] + bytes([whole[-1] ^ 1]), whole[: len(whole) // 2], b""):
         path.write_bytes(damaged)
@@ -317,7 +320,7 @@ def not_as_root():
 def test_a_folder_that_cannot_be_written_is_read_anew_and_says_so(parts, views, capsys):
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for module, file in zip(parts, dalle.FILES, strict=True):
+        for module, file in zip(parts, openai_files.FILES, strict=True):
             torch.save(module, folder / file)
         folder.chmod(0o555)
         with not_as_root():
@@ -326,7 +329,7 @@ def test_a_folder_that_cannot_be_written_is_read_anew_and_says_so(parts, views, 
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert "can't write" in line and "read anew on every start" in line and name in line
         folder.chmod(0o755)
-        assert sorted(p.name for p in folder.iterdir()) == sorted(dalle.FILES)
+        assert sorted(p.name for p in folder.iterdir()) == sorted(openai_files.FILES)
         load_tokenizer(folder)  # somebody who may writes it, for all
         folder.chmod(0o555)
         with not_as_root():

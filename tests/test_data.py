@@ -9,12 +9,21 @@ import pytest
 import torch
 from torch import nn
 
-from bevt_lib import synthetic
-from bevt_lib.lists import read_list
-from bevt_lib.synthetic import CLIPS, KINDS, MOTIONS, draw_scene, labels, render, render_clip
-from bevt_lib.video import Video
+from bevt_lib.base import files
+from bevt_lib.datasets import synthetic
+from bevt_lib.datasets.lists import read_list
+from bevt_lib.datasets.synthetic import (
+    CLIPS,
+    KINDS,
+    MOTIONS,
+    draw_scene,
+    labels,
+    render,
+    render_clip,
+)
+from bevt_lib.datasets.video import Video
 
-DATA = synthetic.data_folder()
+DATA = files.data_folder()
 
 
 def test_every_item_has_its_licence():
@@ -95,7 +104,7 @@ def test_pictures_move_as_the_label_says(motion):
 def test_rendering_needs_a_data_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("BEVT_DATA", str(tmp_path))
     with pytest.raises(ValueError, match="BEVT_DATA"):
-        synthetic.data_folder()
+        files.data_folder()
 
 
 def test_an_interrupted_rendering_leaves_nothing_half(tmp_path, monkeypatch):

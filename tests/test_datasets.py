@@ -15,9 +15,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from bevt_lib import augment, finetune, synthetic, video
-from bevt_lib.config import override
-from bevt_lib.datasets import (
+from bevt_lib import finetune
+from bevt_lib.base import files
+from bevt_lib.base.seeds import Stream
+from bevt_lib.cli import override
+from bevt_lib.datasets import augment, synthetic, video
+from bevt_lib.datasets.items import (
     REPLACEMENTS,
     LabelledClips,
     Pictures,
@@ -26,11 +29,11 @@ from bevt_lib.datasets import (
     PretrainImages,
     step_batches,
 )
-from bevt_lib.lists import Entries, Entry, read_image_folder, read_list
+from bevt_lib.datasets.lists import Entries, Entry, read_image_folder, read_list
+from bevt_lib.datasets.sampling import test_frames
+from bevt_lib.datasets.video import VideoError, write_video
 from bevt_lib.presets import paper_diving48, paper_k400, paper_ssv2
 from bevt_lib.pretrain import hide_blocks, hide_tubes
-from bevt_lib.seeds import Stream
-from bevt_lib.video import VideoError, test_frames, write_video
 
 test_frames.__test__ = False  # a library function, not a test
 
@@ -334,7 +337,7 @@ def test_a_pickled_data_set_gives_the_same_samples(clips):
 
 def test_workers_forked_after_decoding_still_decode(clips):
     """Long videos too: the decoders' and OpenCV's threads don't survive a fork."""
-    films = sorted((synthetic.data_folder() / "film").glob("*.mp4"))
+    films = sorted((files.data_folder() / "film").glob("*.mp4"))
     clips.entries = [Entry(film, -1) for film in films] * 2
     positions = Positions(clips, seed=0, stream=Stream.VIDEO)
     expected = [positions[p]["pixels"] for p in range(8)]

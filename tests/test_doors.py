@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
-from bevt_lib import synthetic
-from bevt_lib.config import flatten, override
+from bevt_lib.base import files
+from bevt_lib.base.config import flatten
+from bevt_lib.cli import override
 from bevt_lib.presets import FINETUNE, PRETRAIN, TRAIN_TOKENIZER, lesson_image
 
 
@@ -17,7 +18,7 @@ def run(*arguments, **environment):
                           env=os.environ | environment)  # fmt: skip
 
 
-WEIGHTS = str(synthetic.data_folder() / "weights" / "lesson_joint.safetensors")
+WEIGHTS = str(files.data_folder() / "weights" / "lesson_joint.safetensors")
 REFUSALS = {
     "unknown preset": (["bevt_lib.pretrain", "lesson_imge"], "did you mean lesson_image"),
     "misspelt override": (
@@ -116,4 +117,4 @@ def test_overrides_are_typed_and_leave_the_preset_alone():
 def test_the_data_folder_follows_the_environment(monkeypatch, tmp_path):
     (tmp_path / "photos").mkdir()
     monkeypatch.setenv("BEVT_DATA", str(tmp_path))
-    assert synthetic.data_folder() == tmp_path
+    assert files.data_folder() == tmp_path

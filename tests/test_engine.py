@@ -15,17 +15,13 @@ import torch
 from golden_numbers import CASES, FOLDER
 from safetensors.torch import load_file
 
-from bevt_lib import checkpoint, finetune, pretrain
-from bevt_lib.config import Optim
-from bevt_lib.engine import TIMINGS, split_batch
-from bevt_lib.formats import released_name
-from bevt_lib.optim import (
-    learning_rate,
-    parameter_groups,
-    start_average,
-    update_average,
-)
+from bevt_lib import finetune, pretrain
+from bevt_lib.base.config import Optim
 from bevt_lib.presets import FINETUNE, paper_joint
+from bevt_lib.training import checkpoint
+from bevt_lib.training.loop import TIMINGS, split_batch
+from bevt_lib.training.optim import learning_rate, parameter_groups, start_average, update_average
+from bevt_lib.weights.formats import released_name
 
 SCRIPT = Path(tiny_run.__file__)
 

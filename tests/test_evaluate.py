@@ -12,17 +12,19 @@ import torch
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 from test_doors import run
 
-from bevt_lib import dist, evaluate, finetune, metrics, synthetic
-from bevt_lib.augment import normalise
-from bevt_lib.bevt import Classifier
-from bevt_lib.config import override
-from bevt_lib.metrics import Scores, score_videos
+from bevt_lib import evaluate, finetune
+from bevt_lib.base import distributed, files
+from bevt_lib.cli import override
+from bevt_lib.datasets import synthetic
+from bevt_lib.model.classifier import Classifier
+from bevt_lib.model.normalisation import normalise
 from bevt_lib.presets import FINETUNE
-from bevt_lib.weights import load_model, load_strict, read_weights
+from bevt_lib.scoring.classes import Scores, score_videos
+from bevt_lib.weights.load import load_model, load_strict, read_weights
 
 # scikit-learn on classes that have no clip: it leaves them out, as we do.
 pytestmark = pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
-WHAT = synthetic.data_folder() / "weights" / "lesson_what.safetensors"
+WHAT = files.data_folder() / "weights" / "lesson_what.safetensors"
 CLIPS = 23  # of classes 0 to 5 in uneven numbers; 6 and 7 have none
 
 
@@ -107,19 +109,19 @@ def test_ranks_are_those_of_a_stable_sort():
 
 @pytest.mark.parametrize("count, size", [(1, 1), (23, 2), (10, 4), (3, 32), (240, 7)])
 def test_every_video_falls_to_one_process_in_the_same_company(monkeypatch, count, size):
-    alone = metrics.blocks(count, size)
+    alone = distributed.blocks(count, size)
     for world in range(1, 6):
-        monkeypatch.setattr(dist, "world_size", lambda world=world: world)
+        monkeypatch.setattr(distributed, "world_size", lambda world=world: world)
         dealt = []
         for rank in range(world):
-            monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
-            dealt += metrics.blocks(count, size)
+            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+            dealt += distributed.blocks(count, size)
         assert sorted(dealt) == alone
         assert sorted(i for block in dealt for i in block) == list(range(count))
 
 
 def spread(options, processes, folder):
-    command = dist.torchrun("evaluate", [*options, "--run.folder", str(folder)], processes)
+    command = distributed.torchrun("evaluate", [*options, "--run.folder", str(folder)], processes)
     result = subprocess.run(command, capture_output=True, text=True, timeout=300,
                             env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
@@ -279,7 +281,7 @@ def test_the_best_is_kept_and_both_are_tested_with_all_views(validated, tmp_path
 def test_two_processes_validate_and_test_together(validated, tmp_path):
     """Each line is printed once; the files of scores are those of the two model folders."""
     _, options, _ = validated
-    command = dist.torchrun("finetune", [*options[:-1], str(tmp_path)], 2)
+    command = distributed.torchrun("finetune", [*options[:-1], str(tmp_path)], 2)
     told = subprocess.run(command, capture_output=True, text=True, timeout=300,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
     assert told.returncode == 0, told.stderr[-2000:]

@@ -6,11 +6,11 @@ import torch
 from PIL import Image
 
 from bevt_lib import pretrain
-from bevt_lib.config import override
-from bevt_lib.dalle import build, save_tokenizer
+from bevt_lib.cli import override
+from bevt_lib.datasets.video import write_video
 from bevt_lib.presets import paper_image, paper_joint
-from bevt_lib.video import write_video
-from bevt_lib.weights import load_model, read_weights, save_weights
+from bevt_lib.tokenizers.dalle import build, save_tokenizer
+from bevt_lib.weights.load import load_model, read_weights, save_weights
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from golden_numbers import CASES, arrays
 
-from bevt_lib.masking import block_mask, mask_budget, mask_in_time, mask_on_grid, tube_mask
+from bevt_lib.model.masking import block_mask, mask_budget, mask_in_time, mask_on_grid, tube_mask
 
 
 @pytest.mark.parametrize("case", CASES.get("masking", []), ids=lambda c: c["file"])

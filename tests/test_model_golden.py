@@ -6,9 +6,10 @@ import torch
 from golden_numbers import CASES, TOLERANCES, arrays, rule_input, rule_weight
 from torch import nn
 
-from bevt_lib.bevt import BEVT, Classifier
-from bevt_lib.formats import released_name, released_shape
-from bevt_lib.masking import mask_in_time
+from bevt_lib.model.bevt import BEVT
+from bevt_lib.model.classifier import Classifier
+from bevt_lib.model.masking import mask_in_time
+from bevt_lib.weights.formats import released_name, released_shape
 
 ATOL = TOLERANCES["outputs_atol"]
 

@@ -12,16 +12,17 @@ import pytest
 import tiny_peco
 import torch
 
-from bevt_lib import perceptual, train_tokenizer
-from bevt_lib.dalle import build
-from bevt_lib.dvae import psnr
-from bevt_lib.optim import learning_rate
-from bevt_lib.peco import COMMITMENT, DECAY, Peco, PecoTokenizer, nearest, save_peco
-from bevt_lib.perceptual import LABEL_FREE, SUPERVISED, PerceptualDistance
+from bevt_lib import train_tokenizer
+from bevt_lib.base.files import data_folder
 from bevt_lib.presets import TRAIN_TOKENIZER, lesson_dvae, lesson_peco, paper_dvae
-from bevt_lib.synthetic import data_folder
-from bevt_lib.tokenizer import load_tokenizer
-from bevt_lib.weights import save_weights
+from bevt_lib.tokenizers import perceptual
+from bevt_lib.tokenizers.base import psnr
+from bevt_lib.tokenizers.dalle import build
+from bevt_lib.tokenizers.load import load_tokenizer
+from bevt_lib.tokenizers.peco import COMMITMENT, DECAY, Peco, PecoTokenizer, nearest, save_peco
+from bevt_lib.tokenizers.perceptual import LABEL_FREE, SUPERVISED, PerceptualDistance
+from bevt_lib.training.optim import learning_rate
+from bevt_lib.weights.load import save_weights
 
 RUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
@@ -273,9 +274,9 @@ def test_the_supervised_network_is_the_packages_own(supervised):
 
 def test_the_label_free_network_is_the_image_stream(pictures):
     from bevt_lib import pretrain
-    from bevt_lib.augment import normalise
+    from bevt_lib.model.normalisation import normalise
     from bevt_lib.presets import lesson_image
-    from bevt_lib.weights import load_strict, read_weights
+    from bevt_lib.weights.load import load_strict, read_weights
 
     stream = pretrain.build_model(lesson_image()).eval()
     path = data_folder() / "weights" / "lesson_image.safetensors"

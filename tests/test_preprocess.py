@@ -1,5 +1,7 @@
 """Both views against the released pipeline's numbers, and random crops against torchvision's."""
 
+from bevt_lib.model import normalisation
+
 import bevt_lib  # isort: skip  # noqa: F401  # its guard must run before torchvision is imported
 
 import random
@@ -13,8 +15,8 @@ from PIL import Image, ImageEnhance, ImageOps
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as tv
 
-from bevt_lib import augment
-from bevt_lib.dalle import to_unit
+from bevt_lib.datasets import augment
+from bevt_lib.tokenizers.base import to_unit
 
 GOLDEN = pytest.mark.skipif("preprocess" not in CASES, reason="no preprocessing numbers here")
 
@@ -73,7 +75,7 @@ def test_tokenizer_view_is_the_released_one(golden, parity):
 @GOLDEN
 def test_model_view_is_normalised_as_released(golden, parity):
     pixels = torch.from_numpy(smooth_picture(0, 224, 224))[None]
-    normal = augment.normalise(pixels)
+    normal = normalisation.normalise(pixels)
     assert normal.shape == (1, 3, 1, 224, 224)
     ours = normal[0, :, 0, ::16, ::16].permute(1, 2, 0).numpy()
     parity("k normalised pixels", np.abs(ours - golden["normalized_stride16"]).max(), 1e-5)
@@ -117,9 +119,9 @@ def test_frames_land_in_the_released_layout(golden):
     pixels = np.broadcast_to(
         numbers[:, :, None, None, None], (views, frames, height, width, channels)
     ).astype(np.uint8)
-    normal = augment.normalise(torch.from_numpy(pixels))
+    normal = normalisation.normalise(torch.from_numpy(pixels))
     assert tuple(normal.shape) == (views, channels, frames, height, width)
-    mean, std = (torch.tensor(v).view(3, 1, 1, 1) for v in (augment.MEAN, augment.STD))
+    mean, std = (torch.tensor(v).view(3, 1, 1, 1) for v in (normalisation.MEAN, normalisation.STD))
     back = (normal * std + mean).round().int().numpy()
     assert (back == numbers[:, None, :, None, None]).all()
 
@@ -338,7 +340,7 @@ def test_boxes_are_erased_as_released():
             assert (out == 0).all()
             continue
         box = out[:, y.min() : y.max() + 1, x.min() : x.max() + 1]
-        values = augment.normalise(torch.from_numpy(box.copy())[None])
+        values = normalisation.normalise(torch.from_numpy(box.copy())[None])
         assert values.abs().max() < 0.01 and np.count_nonzero(out.any(-1)) == box[..., 0].size
         height, width = box.shape[1:3]
         areas.append((height * width) / (60 * 80))

@@ -11,12 +11,14 @@ import pytest
 import torch
 from test_doors import run
 
-from bevt_lib import cost, finetune, pretrain, synthetic
-from bevt_lib.config import flatten
-from bevt_lib.engine import split_batch
-from bevt_lib.optim import total_steps
+from bevt_lib import finetune, pretrain
+from bevt_lib.base.config import flatten
+from bevt_lib.datasets import synthetic
 from bevt_lib.presets import FINETUNE, PRETRAIN, TRAIN_TOKENIZER
-from bevt_lib.weights import load_model
+from bevt_lib.scoring import cost
+from bevt_lib.training.loop import split_batch
+from bevt_lib.training.optim import total_steps
+from bevt_lib.weights.load import load_model
 
 SWIN_B = {
     "model.embed_dim": 128, "model.depths": (2, 2, 18, 2), "model.num_heads": (4, 8, 16, 32),

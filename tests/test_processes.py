@@ -13,8 +13,8 @@ import tiny_run
 import torch
 from safetensors.torch import load_file
 
-from bevt_lib import checkpoint
-from bevt_lib.engine import TIMINGS
+from bevt_lib.training import checkpoint
+from bevt_lib.training.loop import TIMINGS
 
 MODELS = ("bevt", "classifier")
 STEPS = 20

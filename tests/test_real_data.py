@@ -13,12 +13,14 @@ import pytest
 from PIL import Image
 from test_doors import run
 
-from bevt_lib import bench, check_data, lists, synthetic
-from bevt_lib.config import override
-from bevt_lib.lists import Entry, find_videos, leave_out_bad, read_classes, read_entries
+from bevt_lib import bench, check_data
+from bevt_lib.base import files
+from bevt_lib.cli import override
+from bevt_lib.datasets import lists
+from bevt_lib.datasets.lists import Entry, find_videos, leave_out_bad, read_classes, read_entries
+from bevt_lib.datasets.video import Video, write_video
 from bevt_lib.presets import FINETUNE, PRETRAIN, paper_joint
 from bevt_lib.pretrain import build_items
-from bevt_lib.video import Video, write_video
 
 # Kinetics has names with spaces and apostrophes; its numbers are their alphabetical order.
 KINETICS = ["abseiling", "air drumming", "massaging person's head", "zumba"]
@@ -374,7 +376,7 @@ def test_a_wrong_list_ends_training_in_one_line(tmp_path):
 def test_the_commands_of_the_data_page_are_real(tmp_path, monkeypatch):
     """Every option that data/README.md shows is known to the command it stands with."""
     monkeypatch.chdir(tmp_path)
-    text = (synthetic.data_folder() / "README.md").read_text().replace("\\\n", " ")
+    text = (files.data_folder() / "README.md").read_text().replace("\\\n", " ")
     seen = set()
     for line in text.splitlines():
         before, command_there, command = line.partition("-m bevt_lib.")
@@ -393,7 +395,7 @@ def test_the_commands_of_the_data_page_are_real(tmp_path, monkeypatch):
 
 
 def test_the_list_made_by_the_data_pages_script_is_read(tmp_path):
-    text = (synthetic.data_folder() / "README.md").read_text()
+    text = (files.data_folder() / "README.md").read_text()
     script = text.partition("<<'EOF'\n")[2].partition("EOF\n")[0]
     _, expected = kinetics(tmp_path, "split and class")
     made = subprocess.run([sys.executable, "-c", script, str(tmp_path / "train")], text=True,

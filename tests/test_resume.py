@@ -16,11 +16,11 @@ import pytest
 import tiny_run
 from safetensors.torch import load_file
 
-from bevt_lib import checkpoint, record
-from bevt_lib.config import flatten
-from bevt_lib.engine import TIMINGS
+from bevt_lib.base.config import flatten
 from bevt_lib.finetune import build_model
 from bevt_lib.presets import lesson_how, lesson_image
+from bevt_lib.training import checkpoint, run_folder
+from bevt_lib.training.loop import TIMINGS
 
 STEPS = kill_runs.STEPS
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -64,7 +64,7 @@ def test_sigterm_to_the_launcher_or_one_worker_saves_and_ends_all_well(tmp_path)
     ended.mkdir()
     for whom in ("launcher", "worker"):
         child = kill_runs.launch(folder, TINY_RUN_ENDED=str(ended))
-        lines = len(record.read_metrics(folder)) + 4
+        lines = len(run_folder.read_metrics(folder)) + 4
         assert kill_runs.wait_for_lines(folder, lines, child)
         victim = child.pid if whom == "launcher" else kill_runs.children(child.pid)[1]
         os.kill(victim, signal.SIGTERM)
@@ -73,10 +73,10 @@ def test_sigterm_to_the_launcher_or_one_worker_saves_and_ends_all_well(tmp_path)
         assert {p.name for p in ended.iterdir()} == {"0", "1"}, log[-3000:]
         assert "asked to stop" in log and (status == 0 or whom == "launcher")
         [p.unlink() for p in ended.iterdir()]
-        done = len(record.read_metrics(folder))
+        done = len(run_folder.read_metrics(folder))
         assert lines <= done < STEPS and kill_runs.newest(folder) == done
     tiny_run.run(str(folder), STEPS, stop_after=done, **kill_runs.SETTINGS)
-    assert len(record.read_metrics(folder)) == done
+    assert len(run_folder.read_metrics(folder)) == done
 
 
 def test_a_stopped_run_is_told_from_a_finished_one(tmp_path, monkeypatch):
@@ -92,7 +92,7 @@ def test_a_stopped_run_is_told_from_a_finished_one(tmp_path, monkeypatch):
     stopped = run(tmp_path / "a")
     assert len(stopped) == 11 < STEPS and kill_runs.newest(tmp_path / "a") == 11
     monkeypatch.setattr(tiny_run, "prepare", genuine)
-    monkeypatch.setattr(record, "asked_to_stop", asked_in_step_nine)
+    monkeypatch.setattr(run_folder, "asked_to_stop", asked_in_step_nine)
     stopped = run(tmp_path / "b")
     assert len(stopped) == 10 and "val/score" not in stopped[-1]
     monkeypatch.undo()
@@ -162,7 +162,7 @@ def test_damaged_checkpoints_are_named_and_the_one_before_is_used(
     assert checkpoint.latest(tmp_path) == checkpoint_at(tmp_path, before)
     told = capsys.readouterr().err
     assert all(f"step_{step:08d} is damaged" in told for step in damaged)
-    assert values(run(tmp_path, keep=3)) == values(record.read_metrics(whole))
+    assert values(run(tmp_path, keep=3)) == values(run_folder.read_metrics(whole))
     assert kill_runs.best(tmp_path) == kill_runs.best(whole)
 
 
@@ -181,7 +181,7 @@ def test_with_no_whole_checkpoint_the_run_does_not_start_again(whole, tmp_path):
         truncate(folder / "optimizer.safetensors", random.Random(0))
     with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged .*step_00000009"):
         run(tmp_path)
-    assert len(record.read_metrics(tmp_path)) == 9
+    assert len(run_folder.read_metrics(tmp_path)) == 9
 
 
 @pytest.mark.parametrize("tail", [b'{"step": 9, "lo', b"\0" * 40, b'{"step": 9, "loss": \xff\xfe'])
@@ -189,16 +189,16 @@ def test_a_torn_record_is_cut_back(whole, tmp_path, tail):
     run(tmp_path, stop_after=9)
     with (tmp_path / "metrics.jsonl").open("ab") as file:
         file.write(tail)
-    assert values(run(tmp_path)) == values(record.read_metrics(whole))
+    assert values(run(tmp_path)) == values(run_folder.read_metrics(whole))
     written = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert values(map(json.loads, written)) == values(record.read_metrics(whole))
+    assert values(map(json.loads, written)) == values(run_folder.read_metrics(whole))
 
 
 def test_a_lost_last_line_comes_back_from_the_checkpoint(whole, tmp_path):
     run(tmp_path, stop_after=9)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "metrics.jsonl").write_text("".join(lines[:8]))
-    assert values(run(tmp_path)) == values(record.read_metrics(whole))
+    assert values(run(tmp_path)) == values(run_folder.read_metrics(whole))
 
 
 # A process whose third checkpoint finds the disk full, for machines where nothing can be mounted.
@@ -257,8 +257,8 @@ def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint(whole, tmp_
             done = subprocess.run(command, capture_output=True, text=True, env=OWN_PATH,
                                   timeout=120)  # fmt: skip
             assert done.returncode == 0, done.stderr[-2000:]
-            written = [e["loss"] for e in record.read_metrics(disk / "run")]
-            assert written == [e["loss"] for e in record.read_metrics(whole)]
+            written = [e["loss"] for e in run_folder.read_metrics(disk / "run")]
+            assert written == [e["loss"] for e in run_folder.read_metrics(whole)]
     finally:
         if mounted:
             subprocess.run(["umount", str(disk)], check=True)
@@ -297,7 +297,7 @@ def test_a_record_that_cannot_be_written_stops_the_run_at_its_next_save(tmp_path
 
 def test_two_runs_in_one_folder_are_kept_apart(whole, monkeypatch):
     """The lock is the process's own: another process has to hold it."""
-    monkeypatch.setattr(record, "PATIENCE", 0.3)
+    monkeypatch.setattr(run_folder, "PATIENCE", 0.3)
     hold = ("import fcntl, sys; file = open(sys.argv[1], 'r+'); fcntl.lockf(file, fcntl.LOCK_EX); "
             "print('held', flush=True); sys.stdin.read()")  # fmt: skip
     with subprocess.Popen([sys.executable, "-c", hold, str(whole / "config.json")], text=True,
@@ -312,26 +312,26 @@ def test_two_runs_in_one_folder_are_kept_apart(whole, monkeypatch):
 def test_a_run_begun_before_a_field_existed_goes_on(tmp_path):
     mine = flatten(lesson_image())
     old = {k: v for k, v in mine.items() if k not in ("optim.ema", "data.jitter", "needs_init")}
-    record.claim(tmp_path, old)
-    record.claim(tmp_path, mine)
+    run_folder.claim(tmp_path, old)
+    run_folder.claim(tmp_path, mine)
     with pytest.raises(ValueError, match=r"\(optim\.ema: 0\.0 there, 0\.3 here\)"):
-        record.claim(tmp_path, mine | {"optim.ema": 0.3})
+        run_folder.claim(tmp_path, mine | {"optim.ema": 0.3})
     with pytest.raises(ValueError, match=r"optim\.lr: 0\.003 there, 1 here"):
-        record.claim(tmp_path, mine | {"optim.lr": 1})
-    record.claim(tmp_path, mine | {"run.precision": "bf16", "data.video_root": "elsewhere"})
-    record.claim(tmp_path, mine | {"items.image": "3,072 (0123456789ab)"})
+        run_folder.claim(tmp_path, mine | {"optim.lr": 1})
+    run_folder.claim(tmp_path, mine | {"run.precision": "bf16", "data.video_root": "elsewhere"})
+    run_folder.claim(tmp_path, mine | {"items.image": "3,072 (0123456789ab)"})
 
 
 def test_when_one_looks_may_change_in_mid_run_but_not_the_items(tmp_path):
     lists = {"items.clip": "8 (0123456789ab)"}
     mine = flatten(lesson_how()) | lists
-    record.claim(tmp_path, mine)
-    record.claim(tmp_path, mine | {"val_epochs": 2.0, "views_at_once": 1, "test_clips": 1})
+    run_folder.claim(tmp_path, mine)
+    run_folder.claim(tmp_path, mine | {"val_epochs": 2.0, "views_at_once": 1, "test_clips": 1})
     grown = mine | {"items.clip": "7 (ba9876543210)"}
     with pytest.raises(ValueError, match=r"items\.clip: 8 \(0123456789ab\) there, 7 .*lists and"):
-        record.claim(tmp_path, grown)
+        run_folder.claim(tmp_path, grown)
     with pytest.raises(ValueError, match=r"0\.1 here\): choose another --run\.folder"):
-        record.claim(tmp_path, mine | {"smoothing": 0.1})
+        run_folder.claim(tmp_path, mine | {"smoothing": 0.1})
 
 
 @pytest.mark.skipif(os.name == "nt", reason="has no such modes")
@@ -350,13 +350,15 @@ def test_colleagues_may_read_what_a_run_leaves(tmp_path):
 
 def test_validation_changes_nothing_in_training(whole):
     plain = tiny_run.run("", STEPS, ema=kill_runs.EMA)
-    scored = record.read_metrics(whole)
+    scored = run_folder.read_metrics(whole)
     assert [e["loss"] for e in plain] == [e["loss"] for e in scored]
     assert [e["step"] + 1 for e in scored if "val/score" in e] == [5, 10, 15, 20, 24]
 
 
 def test_the_best_is_the_average_at_its_step(whole):
-    scores = {e["step"] + 1: e["val/score"] for e in record.read_metrics(whole) if "val/score" in e}
+    scores = {
+        e["step"] + 1: e["val/score"] for e in run_folder.read_metrics(whole) if "val/score" in e
+    }
     step = max(scores, key=scores.get)
     assert kill_runs.best(whole)["step"] == step and kill_runs.best(whole)["score"] == scores[step]
     kept = load_file(whole / "best" / "model.safetensors")
@@ -386,4 +388,4 @@ def test_a_checkpoint_of_before_can_be_read(whole, tmp_path):
     path = checkpoint_at(tmp_path, 9) / "state.json"
     state = json.loads(path.read_text())
     path.write_text(json.dumps({k: state[k] for k in ("step", "sha256")}))
-    assert values(run(tmp_path)) == values(record.read_metrics(whole))
+    assert values(run(tmp_path)) == values(run_folder.read_metrics(whole))

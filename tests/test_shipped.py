@@ -7,15 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from bevt_lib import dvae, finetune, pretrain, synthetic, train_tokenizer
-from bevt_lib.config import flatten
-from bevt_lib.perceptual import SUPERVISED, PerceptualDistance
+from bevt_lib import finetune, pretrain, train_tokenizer
+from bevt_lib.base import files
+from bevt_lib.base.config import flatten
+from bevt_lib.datasets import synthetic
 from bevt_lib.presets import FINETUNE, PRETRAIN, TRAIN_TOKENIZER, lesson_image
-from bevt_lib.tokenizer import load_tokenizer
 from bevt_lib.tokenizer_scores import distance_under
-from bevt_lib.weights import load_strict, read_weights
+from bevt_lib.tokenizers import base, baselines
+from bevt_lib.tokenizers.load import load_tokenizer
+from bevt_lib.tokenizers.perceptual import SUPERVISED, PerceptualDistance
+from bevt_lib.weights.load import load_strict, read_weights
 
-WEIGHTS = synthetic.data_folder() / "weights"
+WEIGHTS = files.data_folder() / "weights"
 NAMES = ["lesson_dvae", "lesson_peco", "lesson_image", "lesson_joint", "lesson_how", "lesson_what"]
 PRESETS = TRAIN_TOKENIZER | PRETRAIN | FINETUNE
 DOORS = {"lesson_dvae": train_tokenizer, "lesson_peco": train_tokenizer,
@@ -92,12 +95,12 @@ def test_the_tokenizer_beats_kmeans_and_uses_its_words(views):
     train = pretrain.build_items(lesson_image(), "image", "train")
     fit = torch.from_numpy(np.stack([train.sample(0, i)["view"][0] for i in range(0, 3072, 3)]))
     kmeans = MiniBatchKMeans(tokenizer.vocab_size, n_init=3, random_state=0, batch_size=4096)
-    kmeans.fit(dvae.cells_of(fit).numpy())
+    kmeans.fit(baselines.cells_of(fit).numpy())
     codes = torch.from_numpy(kmeans.cluster_centers_).float()
     ids = tokenizer.encode(views)
-    mine = dvae.psnr(views, tokenizer.decode(ids))
-    assert mine > dvae.psnr(views, dvae.nearest_code(views, codes))
-    assert dvae.usage(ids, tokenizer.vocab_size)[0] >= 0.5
+    mine = base.psnr(views, tokenizer.decode(ids))
+    assert mine > base.psnr(views, baselines.nearest_code(views, codes))
+    assert base.usage(ids, tokenizer.vocab_size)[0] >= 0.5
 
 
 @pytest.mark.slow
@@ -113,10 +116,10 @@ def test_peco_looks_nearer_than_the_dvae_and_uses_its_codes(views):
         tokenizer = load_tokenizer(WEIGHTS / f"{name}.safetensors")
         ids = tokenizer.encode(views)
         painted = tokenizer.decode(ids)
-        assert dvae.psnr(views, painted) > dvae.psnr(views, dvae.mean_colours(views)) + 0.7
-        assert dvae.usage(ids, tokenizer.vocab_size)[0] >= 0.9
+        assert base.psnr(views, painted) > base.psnr(views, baselines.mean_colours(views)) + 0.7
+        assert base.usage(ids, tokenizer.vocab_size)[0] >= 0.9
         distances.append(distance_under(network, views, painted))
-        assert dvae.psnr(views, painted) == pytest.approx(table[name]["psnr"], abs=0.02)
+        assert base.psnr(views, painted) == pytest.approx(table[name]["psnr"], abs=0.02)
         assert distances[-1] == pytest.approx(table[name]["perceptual"][SUPERVISED], rel=0.01)
     assert distances[0] < distances[1] - 0.05, distances
 

@@ -7,8 +7,9 @@ import timm
 import torch
 import torchvision
 
-from bevt_lib.bevt import BEVT, Classifier
-from bevt_lib.swin import PatchMerging, bias_index, join_windows, shift_mask, split_windows
+from bevt_lib.model.bevt import BEVT
+from bevt_lib.model.classifier import Classifier
+from bevt_lib.model.swin import PatchMerging, bias_index, join_windows, shift_mask, split_windows
 
 SMALL = {"embed_dim": 24, "depths": (1, 2, 3, 1), "num_heads": (2, 4, 6, 8)}
 

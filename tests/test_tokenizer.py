@@ -12,15 +12,18 @@ import numpy as np
 import pytest
 import torch
 
-from bevt_lib import dvae, pretrain, synthetic
-from bevt_lib.bevt import BEVT, add_tokens
-from bevt_lib.config import override
-from bevt_lib.dalle import CHUNK, DalleTokenizer, build, expected_pixels, save_tokenizer
-from bevt_lib.masking import block_mask, tube_mask
-from bevt_lib.peco import PecoTokenizer, save_peco
+from bevt_lib import pretrain
+from bevt_lib.base import files
+from bevt_lib.cli import override
+from bevt_lib.model.bevt import BEVT
+from bevt_lib.model.masking import block_mask, tube_mask
 from bevt_lib.presets import lesson_image
-from bevt_lib.tokenizer import load_tokenizer
-from bevt_lib.weights import save_weights
+from bevt_lib.tokenizers import base, baselines, dvae
+from bevt_lib.tokenizers.base import CHUNK, add_tokens
+from bevt_lib.tokenizers.dalle import DalleTokenizer, build, expected_pixels, save_tokenizer
+from bevt_lib.tokenizers.load import load_tokenizer
+from bevt_lib.tokenizers.peco import PecoTokenizer, save_peco
+from bevt_lib.weights.load import save_weights
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +85,7 @@ def test_half_precision_is_the_packages_own(parts, pictures, monkeypatch):
 
 def test_half_precision_changes_few_of_the_trained_ids():
     """21 of 18,432 on 512 held-out stills in float16, 236 in bfloat16 (two CPU cores)."""
-    tokenizer = load_tokenizer(synthetic.data_folder() / "weights" / "lesson_dvae.safetensors")
+    tokenizer = load_tokenizer(files.data_folder() / "weights" / "lesson_dvae.safetensors")
     items = pretrain.build_items(lesson_image(), "image", "test")
     views = torch.from_numpy(np.stack([items.sample(0, i)["view"][0] for i in range(48)]))
     exact = tokenizer.encode(views)
@@ -213,11 +216,11 @@ def test_kmeans_finds_separated_clusters():
 
 def test_psnr_and_baselines(pictures):
     off = (pictures.int() + torch.where(pictures < 128, 2, -2)).to(torch.uint8)
-    assert abs(dvae.psnr(pictures, off) - 10 * np.log10(255**2 / 4)) < 1e-6
-    assert torch.equal(dvae.mean_colours(pictures), pictures)  # its cells are flat
-    codes = dvae.cells_of(pictures).unique(dim=0)
-    assert torch.equal(dvae.nearest_code(pictures, codes), pictures)
-    assert dvae.usage(torch.tensor([0, 0, 1, 1]), 4) == (0.5, pytest.approx(2.0))
+    assert abs(base.psnr(pictures, off) - 10 * np.log10(255**2 / 4)) < 1e-6
+    assert torch.equal(baselines.mean_colours(pictures), pictures)  # its cells are flat
+    codes = baselines.cells_of(pictures).unique(dim=0)
+    assert torch.equal(baselines.nearest_code(pictures, codes), pictures)
+    assert base.usage(torch.tensor([0, 0, 1, 1]), 4) == (0.5, pytest.approx(2.0))
 
 
 def peco(factor=16):

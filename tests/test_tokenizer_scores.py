@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from bevt_lib import tokenizer_scores
-from bevt_lib.perceptual import LABEL_FREE, PerceptualDistance
 from bevt_lib.tokenizer_scores import Readability, read_what, ssim
+from bevt_lib.tokenizers.perceptual import LABEL_FREE, PerceptualDistance
 
 
 def test_ssim_is_scikit_images():

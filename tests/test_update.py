@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from torch._inductor import exc
 from torch._inductor.cpp_builder import get_cpp_compiler
 
-from bevt_lib import checkpoint, cost, engine, record, update
-from bevt_lib.config import Run
-from bevt_lib.engine import TIMINGS, be_deterministic
-from bevt_lib.swin import Swin
-from bevt_lib.video import BadFile
+from bevt_lib.base.config import Run
+from bevt_lib.datasets.video import BadFile
+from bevt_lib.model.swin import Swin
+from bevt_lib.scoring import cost
+from bevt_lib.training import checkpoint, loop, run_folder, step
+from bevt_lib.training.loop import TIMINGS, be_deterministic
 
 
 def losses(history):
@@ -26,15 +27,15 @@ def losses(history):
 
 def test_automatic_precision_follows_the_device(monkeypatch):
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert update.choose_precision("auto", cpu) == "fp32"
+    assert step.choose_precision("auto", cpu) == "fp32"
     for capable, expected in ((True, "bf16"), (False, "fp16")):  # A100; V100 and T4
 
         def supported(including_emulation=True, in_hardware=capable):
             return in_hardware or including_emulation
 
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-        assert update.choose_precision("auto", gpu) == expected
-        assert update.choose_precision("fp32", gpu) == "fp32"
+        assert step.choose_precision("auto", gpu) == expected
+        assert step.choose_precision("fp32", gpu) == "fp32"
     with pytest.raises(ValueError, match=r"run.precision is one of auto, bf16.*'half'"):
         Run(precision="half")
 
@@ -86,9 +87,9 @@ def test_an_overflow_in_fp16_skips_the_step_and_the_scale_is_resumed(large_scale
     scales = [json.loads((f / "state.json").read_text())["scaler"]["scale"] for f in folders]
     weights = [load_file(f / "model.safetensors")["mask_token"] for f in folders]
     scale = 2.0**14
-    for step, left_out in enumerate(skipped):
-        grown = scales[step] == 2 * scale and not left_out
-        assert scales[step] == scale / 2 if left_out else scales[step] == scale or grown
+    for number, left_out in enumerate(skipped):
+        grown = scales[number] == 2 * scale and not left_out
+        assert scales[number] == scale / 2 if left_out else scales[number] == scale or grown
         if step:
             assert torch.equal(weights[step], weights[step - 1]) == bool(left_out)
         scale = scales[step]
@@ -131,7 +132,7 @@ def test_a_gradient_that_is_not_finite_poisons_no_weight(tmp_path, monkeypatch):
     found = checkpoint.latest(tmp_path)
     assert found.name == "step_00000004"
     assert all(v.isfinite().all() for v in load_file(found / "model.safetensors").values())
-    assert [e["step"] for e in record.read_metrics(tmp_path)] == list(range(6))
+    assert [e["step"] for e in run_folder.read_metrics(tmp_path)] == list(range(6))
 
 
 @pytest.mark.parametrize("micro", [0, 2])
@@ -236,7 +237,7 @@ def test_deterministic_is_one_switch(monkeypatch):
         be_deterministic(True)
         assert torch.are_deterministic_algorithms_enabled()
         assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
-        assert engine.os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert loop.os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
         assert values(tiny_run.run("", 4)) == values(tiny_run.run("", 4))
     finally:
         be_deterministic(False)
@@ -246,15 +247,15 @@ def test_deterministic_is_one_switch(monkeypatch):
 
 
 def test_a_log_file_gets_plain_lines(capsys, monkeypatch):
-    monkeypatch.setattr(record, "LINE_EVERY", 0.0)
+    monkeypatch.setattr(run_folder, "LINE_EVERY", 0.0)
     tiny_run.run("", 5)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == ("steps 0 to 5 in 1 process(es) x 1 micro-batch(es) of 6 video + 12 image; "
                         "fp32")  # fmt: skip
     assert len(lines) == 6 and "\r" not in "".join(lines)
-    for step, line in enumerate(lines[1:], 1):
-        assert line.startswith(f"step {step} of 5: loss ") and line.endswith(" left")
+    for number, line in enumerate(lines[1:], 1):
+        assert line.startswith(f"step {number} of 5: loss ") and line.endswith(" left")
         assert all(word in line for word in (", lr ", " items/s, ", "% of it waiting for data"))
-    monkeypatch.setattr(record, "LINE_EVERY", 1000.0)
+    monkeypatch.setattr(run_folder, "LINE_EVERY", 1000.0)
     tiny_run.run("", 5)
     assert len(capsys.readouterr().err.splitlines()) == 1

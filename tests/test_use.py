@@ -1,6 +1,8 @@
 """A trained model in use: predict, model folders of runs, convert_weights, timm's registry."""
 
-import bevt_lib.encoders  # isort: skip  # noqa: F401  # before timm: bevt_lib's guard, its names
+from bevt_lib.base import files
+
+import bevt_lib.weights.timm_models  # isort: skip  # noqa: F401  # before timm: bevt_lib's guard, its names
 
 import json
 
@@ -10,14 +12,16 @@ import timm
 import torch
 from test_doors import run
 
-from bevt_lib import finetune, pretrain, synthetic
-from bevt_lib.bevt import BEVT, Classifier
+from bevt_lib import finetune, pretrain
+from bevt_lib.datasets import synthetic
+from bevt_lib.model.bevt import BEVT
+from bevt_lib.model.classifier import Classifier
 from bevt_lib.predict import classify, name_hidden
 from bevt_lib.presets import FINETUNE, lesson_joint
-from bevt_lib.tokenizer import load_tokenizer
-from bevt_lib.weights import load_model, load_strict, read_weights, start_classifier
+from bevt_lib.tokenizers.load import load_tokenizer
+from bevt_lib.weights.load import load_model, load_strict, read_weights, start_classifier
 
-WEIGHTS = synthetic.data_folder() / "weights"
+WEIGHTS = files.data_folder() / "weights"
 
 
 @pytest.fixture(scope="module")

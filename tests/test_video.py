@@ -16,18 +16,15 @@ import pytest
 from golden_numbers import CASES, arrays
 from PIL import Image
 
-from bevt_lib import video
-from bevt_lib.synthetic import data_folder
-from bevt_lib.video import (
+from bevt_lib.base.files import data_folder
+from bevt_lib.datasets import video
+from bevt_lib.datasets.sampling import sample_frames, segments, test_frames, uniform_frames
+from bevt_lib.datasets.video import (
     BadFile,
     Video,
     VideoError,
     read_frames,
     read_image,
-    sample_frames,
-    segments,
-    test_frames,
-    uniform_frames,
     within,
     write_video,
 )

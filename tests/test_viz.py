@@ -10,8 +10,8 @@ import tiny_run
 import torch
 from PIL import Image
 
-from bevt_lib import viz
-from bevt_lib.viz import (
+from bevt_lib.notebook import figures
+from bevt_lib.notebook.figures import (
     code_tiles,
     read_run,
     show_rows,
@@ -20,7 +20,7 @@ from bevt_lib.viz import (
     tell_run,
     typical_cells,
 )
-from bevt_lib.widgets import codebook_explorer
+from bevt_lib.notebook.widgets import codebook_explorer
 
 STEPS, SHORT = 12, 7
 
@@ -203,7 +203,7 @@ def test_the_explorer_follows_its_sliders(shaded):
 
 def test_columns_are_titled_by_time_or_by_name(monkeypatch):
     drawn = []
-    monkeypatch.setattr(viz.plt, "close", drawn.append)
+    monkeypatch.setattr(figures.plt, "close", drawn.append)
     rows = {name: np.zeros((4, 2, 2, 3), dtype=np.uint8) for name in ("one", "two")}
     show_rows(rows, every=2)
     show_rows(rows, every=2, titles=["cat", "dog", "cow", "pig"])
@@ -211,4 +211,4 @@ def test_columns_are_titled_by_time_or_by_name(monkeypatch):
     told = [[axis.get_title() for axis in figure.axes] for figure in drawn]
     assert told == [["t=0", "t=2", "", ""], ["cat", "cow", "", ""]]
     for figure in drawn:
-        viz.plt.close(figure)
+        figures.plt.close(figure)

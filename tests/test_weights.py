@@ -17,13 +17,14 @@ import torchvision
 from golden_numbers import CASES, FOLDER, arrays, rule_weight
 
 from bevt_lib import finetune, pretrain
-from bevt_lib.bevt import BEVT, Classifier
+from bevt_lib.base.config import Views
 from bevt_lib.convert_weights import convert
-from bevt_lib.dalle import build
-from bevt_lib.formats import architecture, export, recognise, released_name, window_of
+from bevt_lib.model.bevt import BEVT
+from bevt_lib.model.classifier import Classifier
 from bevt_lib.presets import FINETUNE, lesson_image, lesson_joint
-from bevt_lib.terms import Views
-from bevt_lib.weights import (
+from bevt_lib.tokenizers.dalle import build
+from bevt_lib.weights.formats import architecture, export, recognise, released_name, window_of
+from bevt_lib.weights.load import (
     load_model,
     load_strict,
     read_checkpoint,

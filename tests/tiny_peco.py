@@ -12,13 +12,14 @@ import json
 import numpy as np
 import torch
 
-from bevt_lib import dist, engine
-from bevt_lib.config import Optim, Run
-from bevt_lib.dalle import to_unit
-from bevt_lib.datasets import Positions
-from bevt_lib.engine import Source
-from bevt_lib.peco import Peco
-from bevt_lib.seeds import Purpose, Stream, numpy_generator, seeded_globals, torch_generator
+from bevt_lib.base import distributed
+from bevt_lib.base.config import Optim, Run
+from bevt_lib.base.seeds import Purpose, Stream, numpy_generator, seeded_globals, torch_generator
+from bevt_lib.datasets.items import Positions
+from bevt_lib.tokenizers.base import to_unit
+from bevt_lib.tokenizers.peco import Peco
+from bevt_lib.training import loop
+from bevt_lib.training.loop import Source
 
 
 class Blots:
@@ -47,7 +48,7 @@ def train(folder: str, steps: int, *, micro: int = 0, stop_after: int = 0):
     model.start_codes(to_unit(torch.from_numpy(start)), torch_generator(0, Purpose.WEIGHTS))
     model.codes[:2] += 100.0  # dead from the start, to be revived
     model.uses[:2] = 0.0
-    history = engine.fit(
+    history = loop.fit(
         model, {"picture": Source(items, 12)}, Optim(lr=1e-2, images=12, steps=steps),
         Run(folder=folder, micro_batch=micro, stop_after=stop_after, save_every=4), steps=steps,
         prepare=lambda batch, step: {"picture": batch["picture"] | {
@@ -65,8 +66,8 @@ if __name__ == "__main__":
     for name in ("micro", "stop-after"):
         parser.add_argument(f"--{name}", type=int, default=0)
     given = vars(parser.parse_args())
-    with dist.world():
+    with distributed.world():
         model, history = train(given.pop("folder"), given.pop("steps"), **given)
-        if dist.rank() == 0:
+        if distributed.rank() == 0:
             print(json.dumps([[e["loss"] for e in history], model.codes.tolist(),
                               model.uses.tolist()]))  # fmt: skip

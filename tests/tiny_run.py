@@ -20,14 +20,16 @@ from random import Random
 import numpy as np
 import torch
 
-from bevt_lib import dist, engine
-from bevt_lib.augment import normalise
-from bevt_lib.bevt import BEVT, Classifier
-from bevt_lib.config import Optim, Run
-from bevt_lib.datasets import Positions
-from bevt_lib.engine import Source
-from bevt_lib.masking import block_mask, tube_mask
-from bevt_lib.seeds import Purpose, Stream, numpy_generator, python_generator, seeded_globals
+from bevt_lib.base import distributed
+from bevt_lib.base.config import Optim, Run
+from bevt_lib.base.seeds import Purpose, Stream, numpy_generator, python_generator, seeded_globals
+from bevt_lib.datasets.items import Positions
+from bevt_lib.model.bevt import BEVT
+from bevt_lib.model.classifier import Classifier
+from bevt_lib.model.masking import block_mask, tube_mask
+from bevt_lib.model.normalisation import normalise
+from bevt_lib.training import loop
+from bevt_lib.training.loop import Source
 
 SHAPE = {"embed_dim": 8, "depths": (1, 1, 2, 1), "num_heads": (1, 1, 2, 2), "window": (2, 2, 2),
          "drop_path": 0.2, "linear_std": 0.0}  # fmt: skip
@@ -85,7 +87,7 @@ def score(model, sources, done: int) -> dict[str, float]:
 
 def note_digests(file: Path, batch, step: int) -> None:
     """Note what a step sees of each item: its place in the order, pixels, mask and label."""
-    with file.with_name(f"{file.name}.{dist.rank()}").open("a") as lines:
+    with file.with_name(f"{file.name}.{distributed.rank()}").open("a") as lines:
         for stream, part in batch.items():
             for i, position in enumerate(part["position"].tolist()):
                 seen = b"".join(part[k][i].numpy().tobytes() for k in ("pixels", "mask", "label"))
@@ -97,7 +99,7 @@ def train(folder: str, steps: int, *, model: str = "bevt", micro: int = 0, stop_
           save_every: int = 4, keep: int = 2, seed: int = 0, ema: float = 0.0, workers: int = 0,
           precision: str = "auto", validate_every: int = 0, digests: str = "", lr: float = 3e-3,
           **settings):  # fmt: skip
-    """Train; ``settings`` go to ``engine.fit``, those it doesn't know to ``Run``."""
+    """Train; ``settings`` go to ``loop.fit``, those it doesn't know to ``Run``."""
     torch.set_num_threads(1)
     network, sources = build_model(seed, model), build_sources(seed, model, workers)
     optim = Optim(lr=lr, clips=6, images=12, steps=steps, warmup=2, clip_norm=3.0,
@@ -115,7 +117,7 @@ def train(folder: str, steps: int, *, model: str = "bevt", micro: int = 0, stop_
         return prepare(batch, step)
 
     config = {"steps": steps, "run.seed": seed, "optim.ema": ema}
-    history = engine.fit(
+    history = loop.fit(
         network, sources, optim, run, steps=steps, prepare=see, config=config, **settings
     )
     return network, history
@@ -138,14 +140,16 @@ def main(arguments: list[str] | None = None) -> None:
         parser.add_argument(f"--{name}", default=default)
     given = vars(parser.parse_args(arguments))
     place, steps, kind = (given.pop(k) for k in ("folder", "steps", "model"))
-    with dist.world():
+    with distributed.world():
         for one in ("bevt", "classifier") if kind == "both" else (kind,):
             folder = f"{place}/{one}" if kind == "both" else place
             model, history = train(folder, steps, model=one, **given)
             sums = torch.stack([p.detach().double().sum() for p in model.parameters()])
-            same = torch.equal(dist.sum_over_processes(sums.clone()), sums * dist.world_size())
+            same = torch.equal(
+                distributed.sum_over_processes(sums.clone()), sums * distributed.world_size()
+            )
             assert same, "the processes end with different models"
-            if dist.rank() == 0:
+            if distributed.rank() == 0:
                 print(json.dumps([entry["loss"] for entry in history]))
     if "TINY_RUN_ENDED" in os.environ:  # a process that gets here ends with status 0
         Path(os.environ["TINY_RUN_ENDED"], os.environ.get("RANK", "0")).touch()

@@ -1,0 +1,259 @@
+"""Configuration: frozen dataclasses, command-line overrides, and errors that name the fix.
+
+A recipe is a value. Batch sizes are *global*: what one optimiser step sees, whatever the number of
+processes. Config stops at the doors; the library's classes take plain arguments.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Architecture of Video Swin; defaults are Swin-B as released."""
+
+    embed_dim: int = 128
+    depths: tuple[int, ...] = (2, 2, 18, 2)
+    num_heads: tuple[int, ...] = (4, 8, 16, 32)
+    window: tuple[int, int, int] = (8, 7, 7)
+    patch: tuple[int, int, int] = (2, 4, 4)
+    drop_path: float = 0.3
+    released: bool = False  # True: reproduce the released code's quirks (swin.window_plan)
+    linear_std: float = 0.02  # 0: 1 / sqrt(fan-in)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What is read. Empty paths mean the embedded clips and pictures."""
+
+    frames: int = 16
+    interval: int = 8  # frames between two sampled ones
+    size: int = 224  # side of the crop, pixels
+    short: tuple[int, int] = (256, 320)  # the short side is resized to a random integer in here
+    jitter: float = 0.0  # colour jitter of images
+    video_list: str = ""  # `path label` a line, or the official list of a set: see lists.py
+    video_root: str = ""
+    image_root: str = ""
+    image_list: str = ""  # `path label` a line under image_root; empty: all of its class folders
+    val_list: str = ""
+    class_list: str = ""  # labels.json of Something-Something, or class names in order
+    checked: tuple[str, ...] = ()  # reports of check_data: what they call bad is left out
+    bad_share: float = 0.01  # stop where more of the items seen had to be replaced
+    timeout: float = 60.0  # seconds after which reading a file is given up; 0: never
+    workers: int = 1  # loader processes per stream and process
+    expected_items: int = 0  # size of the first stream's data set, for the plan of a run
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.bad_share <= 1 or self.timeout < 0:
+            raise ValueError("bad_share is a share of the items, 0 to 1, timeout 0 or more seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """The frozen tokenizer that names the targets.
+
+    A run takes ``vocab_size`` and ``factor`` from the file that ``weights`` names. Here they stand
+    for plans without that file, and for a tokenizer that is to be trained.
+    """
+
+    weights: str = ""  # file, or folder of OpenAI's two; empty: the shipped lesson tokenizer
+    vocab_size: int = 8192
+    factor: int = 8  # pixels of the tokenizer's view per token
+    fp16: bool = False  # half precision on CUDA, as in DALL-E's own code; changes some ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class Masking:
+    """How much is hidden: share of the grid (block masks) and of the time (tubes)."""
+
+    share: float = 0.5  # of the cells of one frame's grid
+    tube: tuple[float, float] = (0.5, 1.0)  # of the clip's time steps
+
+    def target(self, grid: tuple[int, int]) -> int:
+        """Give the number of cells to hide on a (height, width) grid; half by default."""
+        return int(self.share * grid[0] * grid[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """AdamW, cosine to zero, linear warm-up. One of ``steps`` and ``epochs`` gives the length."""
+
+    lr: float
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.999)
+    clips: int = 0  # global batch: clips per optimiser step
+    images: int = 0  # global batch: images (or pictures) per optimiser step
+    steps: int = 0
+    epochs: float = 0.0  # of the first stream's data set
+    warmup: float = 0.0  # in the same unit as the length: steps or epochs
+    warmup_start: float = 0.1  # share of the regular rate at step 0
+    restarts: tuple[tuple[int, float], ...] = ()  # further cosines: (extra steps, share of lr)
+    cosine: bool = True  # False: constant after warm-up
+    cosine_steps: int = 0  # length of the cosine, then its last rate is held; 0: the whole run
+    last_share: float = 0.0  # share of lr at which the cosine ends
+    stairs: bool = False  # True: the cosine moves per epoch, not per step
+    clip_norm: float = 0.0  # L2 norm of all gradients; 0: no clipping
+    rules: tuple[tuple[str, float, float], ...] = ()  # (name part, lr factor, decay factor)
+    ema: float = 0.0  # share of the new weights taken into the average after each step; 0: none
+
+    def __post_init__(self) -> None:
+        if bool(self.steps) == bool(self.epochs):
+            raise ValueError("give the length either as optim.steps or as optim.epochs")
+        if self.lr <= 0:
+            raise ValueError(f"optim.lr must be positive, got {self.lr}")
+        if self.clips + self.images < 1:
+            raise ValueError("optim.clips and optim.images are both 0: there is nothing to train")
+
+
+PRECISIONS = ("auto", "bf16", "fp16", "fp32", "fp64")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """How this machine runs a recipe. Only the seed changes what is computed, but for rounding."""
+
+    folder: str = ""  # empty: runs/<preset>
+    seed: int = 0
+    init: str = ""  # weights to start from
+    stop_after: int = 0  # stop after this many steps; the schedule stays as it is
+    save_every: int = 100  # steps between checkpoints
+    keep: int = 2  # checkpoints kept
+    micro_batch: int = 0  # items of the first stream per forward and process; 0: as many as fit
+    threads: int = 0  # torch threads of a CPU process; 0: PyTorch's choice
+    test_clips: int = 0  # clips tested after fine-tuning; 0: all
+    precision: str = "auto"  # bf16 | fp16 | fp32 | fp64; auto: see update.choose_precision
+    checkpoint_activations: bool = False  # less memory for about a third more work, the same bits
+    compile: bool = False  # torch.compile of the blocks: minutes at the start, equal to rounding
+    deterministic: bool = False  # the same bits in every run on CUDA, slower: be_deterministic
+    dry_run: bool = False  # print the plan and stop
+    processes: int = 0  # processes to plan for in a dry run; 0: those of this world
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            known = ", ".join(PRECISIONS)
+            raise ValueError(f"run.precision is one of {known}, got {self.precision!r}")
+        if self.save_every < 1 or self.keep < 1:
+            raise ValueError("run.save_every and run.keep are 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrain:
+    """Image-stream or joint pretraining."""
+
+    name: str
+    streams: tuple[str, ...]
+    model: Model
+    data: Data
+    tokens: Tokens
+    optim: Optim
+    masking: Masking = field(default_factory=Masking)
+    run: Run = field(default_factory=Run)
+    keep_token_head: bool = False  # the start's token head is kept; the released code starts fresh
+    default_init: str = ""  # weights under data/ to start from when run.init is empty
+    needs_init: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune:
+    """Supervised recognition of what or how."""
+
+    name: str
+    task: str
+    num_classes: int
+    model: Model
+    data: Data
+    optim: Optim
+    smoothing: float = 0.0
+    dropout: float = 0.0
+    flip: bool = True  # never for motions: left would become right
+    test_clips: int = 4  # views of a test clip in time
+    test_crops: int = 3  # and in space
+    views_at_once: int = 32  # views in one forward pass of a test, to bound memory
+    val_epochs: float = 0.0  # epochs between two validations, by one view of each clip; 0: none
+    crop: str = "random_resized"  # or "random" (of the resized frame), for training
+    sampling: str = "dense"  # or "uniform": one frame of each of data.frames segments, no interval
+    rand_augment: tuple[int, int] = (0, 0)  # in training: operations, magnitude (0 to 30)
+    erasing: float = 0.0  # share of the training clips in which a box is erased
+    antisymmetric: float = 0.0  # share of the 3D patch filters that start (+w, -w) in time
+    run: Run = field(default_factory=Run)
+    default_init: str = ""
+
+    def __post_init__(self) -> None:
+        operations, magnitude = self.rand_augment
+        if operations < 0 or not 0 <= magnitude <= 30:
+            raise ValueError("rand_augment is OPERATIONS,MAGNITUDE with a magnitude of 0 to 30")
+        if not 0 <= self.erasing <= 1:
+            raise ValueError(f"erasing is a share of the clips, 0 to 1, got {self.erasing}")
+        if self.views_at_once < 1 or self.val_epochs < 0:
+            raise ValueError("views_at_once is 1 or more, val_epochs 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTokenizer:
+    """A dVAE by the Gumbel-softmax relaxation. Empty ``data.image_root``: the embedded pictures."""
+
+    name: str
+    data: Data
+    tokens: Tokens
+    optim: Optim
+    hidden: int = 256  # DALL-E's n_hid
+    blocks: int = 2  # DALL-E's n_blk_per_group
+    temperature: tuple[float, float] = (1.0, 0.0625)  # start and end
+    temperature_steps: int = 0  # from start to end; 0: four fifths of optim.steps
+    kl_weight: tuple[float, float] = (0.0, 6.6)  # start and end
+    kl_steps: int = 0  # from start to end; 0: four fifths of optim.steps
+    balance_weight: float = 0.0  # of using all words alike; not in DALL-E
+    quick_start: bool = True  # ours, for short runs: k-means words, branches at full size
+    view: int = 0  # side of the tokenizer's view, pixels; 0: as BEVT shows it a crop of data.size
+    watch_every: int = 500  # steps between two looks at held-out pictures; 0: at the end only
+    run: Run = field(default_factory=Run)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPeco:
+    """A VQ-VAE with a perceptual loss. Empty ``data.image_root``: the embedded pictures."""
+
+    name: str
+    data: Data
+    tokens: Tokens
+    optim: Optim
+    hidden: int = 128
+    blocks: int = 2  # residual blocks at each resolution
+    code_dim: int = 256
+    perceptual: str = "tf_efficientnet_lite0"  # a timm model with features_only, or none
+    perceptual_weights: str = ""  # its file; empty: of the two that come with weights
+    perceptual_levels: tuple[int, ...] = ()  # timm's out_indices; empty: the model's own
+    perceptual_side: int = 0  # pictures are resized to this for it; 0: as the tokenizer sees them
+    perceptual_weight: float = 1.0
+    view: int = 0  # side of the tokenizer's view, pixels; 0: as BEVT shows it a crop of data.size
+    watch_every: int = 500  # steps between two looks at held-out pictures; 0: at the end only
+    run: Run = field(default_factory=Run)
+
+
+Recipe = Pretrain | Finetune | TrainTokenizer | TrainPeco
+
+
+def flatten(recipe: Any, prefix: str = "") -> dict[str, Any]:
+    """List a recipe's fields as {"section.field": value}, in order."""
+    flat: dict[str, Any] = {}
+    for f in dataclasses.fields(recipe):
+        value = getattr(recipe, f.name)
+        if dataclasses.is_dataclass(value):
+            flat |= flatten(value, f"{prefix}{f.name}.")
+        else:
+            flat[prefix + f.name] = value
+    return flat
+
+
+@dataclass(frozen=True, kw_only=True)
+class Views:
+    """How a model reads a video in use: which frames, which pixels, how many views."""
+
+    frames: int
+    interval: int  # frames between two read ones; without effect if sampling is uniform
+    size: int  # side of the square view, pixels
+    short: tuple[int, int]  # the short side the model was trained with, pixels: from, to
+    sampling: str = "dense"  # or "uniform": spread over the whole video
+    clips: int = 1  # views in time
+    crops: int = 1  # and in space

@@ -1,0 +1,119 @@
+"""Files of tensors that may be damaged, cut short or hostile: read safely, written whole."""
+
+import contextlib
+import hashlib
+import os
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+DIGEST = "tensors_sha256"  # in a header: what :func:`digest` gave for the tensors written
+
+
+def read_pickle(path: Path, allowed: Sequence[Any]) -> Any:
+    """Read a torch pickle that names nothing but tensors, plain values and ``allowed`` classes.
+
+    No code from the file is run: a pickle that names anything else is refused whole. Raises
+    ValueError in one line for a damaged or refused file.
+    """
+    try:
+        with torch.serialization.safe_globals(list(allowed)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a pickle protocol that the next line refuses
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        asked = re.search(r"GLOBAL (\S+)|(?:global|class|type) `?([\w.]+\.[\w.]+)", str(error))
+        name = next((g for g in asked.groups() if g), "") if asked else ""
+        what = f"asks for {name}" if name else "is not one that torch writes"
+        raise ValueError(f"{path} is refused: its pickle {what}, and no code from a file is "
+                         "run") from None  # fmt: skip
+    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, OSError) as error:
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else "it ends early"
+        raise ValueError(
+            f"{path} is damaged or no PyTorch checkpoint ({reason}): fetch or copy it again"
+        ) from None
+
+
+def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Read a safetensors file: its header's entries and its tensors.
+
+    Raises ValueError in one line for another kind of file, and where the tensors aren't those that
+    :func:`write_tensors` wrote.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a readable safetensors file ({error}): look whether a web page or a "
+            "log was saved under that name"
+        ) from None
+    if DIGEST in header and header[DIGEST] != digest(tensors):
+        raise ValueError(f"{path} is damaged (its tensors' checksum doesn't hold): copy it again")
+    return header, tensors
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
+    """Write a safetensors file atomically, with the digest of its tensors in the header."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        save_tensors(tensors, part, {**header, DIGEST: digest(tensors)})
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: Path, header: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file in place, readable for whom files made here are readable.
+
+    By itself safetensors 0.8 lets nobody but the owner read, so that no colleague could go on from
+    a checkpoint.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    state = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    save_file(state, path, dict(header) if header else None)
+    with contextlib.suppress(OSError):  # a disk without modes
+        path.chmod(mode)
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Sum up the tensors' names, types, shapes and values: SHA-256 in hex."""
+    total = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        total.update(flat.view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def sha256(path: Path) -> str:
+    """Sum up a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def data_folder() -> Path:
+    """Find the embedded data: $BEVT_DATA, or data/ beside the library.
+
+    Raises ValueError where it is missing.
+    """
+    folder = Path(os.environ.get("BEVT_DATA") or Path(__file__).resolve().parents[2] / "data")
+    if not (folder / "photos").is_dir():
+        raise ValueError(
+            f"no embedded data at {folder}: install the kit from a clone with pip install -e ., or "
+            "point BEVT_DATA at the clone's data folder"
+        )
+    return folder

@@ -1,0 +1,1 @@
+"""The networks: masks, Swin, BEVT and the classifier. Imports base."""

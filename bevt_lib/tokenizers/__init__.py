@@ -1,0 +1,1 @@
+"""Frozen visual tokenizers and their training objectives. Imports base, model and weights."""

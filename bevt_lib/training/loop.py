@@ -1,0 +1,327 @@
+"""The one training loop: image stream, joint pretraining, fine-tuning and the tokenizer.
+
+Step is the only state: learning rate, epoch, sample order and noise are functions of it, so that a
+run resumed from a checkpoint, on any number of processes, does what it would have done. One step
+of it is in :mod:`bevt_lib.training.step`, its folder and screen in
+:mod:`bevt_lib.training.run_folder`.
+"""
+
+import contextlib
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from bevt_lib.base import distributed
+from bevt_lib.base.config import Optim, Run
+from bevt_lib.datasets.augment import one_thread
+from bevt_lib.datasets.items import step_batches
+from bevt_lib.training import checkpoint, run_folder
+from bevt_lib.training.optim import learning_rate, start_average, update_average
+from bevt_lib.training.run_folder import Entry
+from bevt_lib.training.step import Batch, Source, Trainable, Update
+
+TIMINGS = ("items_per_s", "data_wait")  # in the record, but not part of the result
+FEW = 10  # replaced items that stop no run, whatever their share
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a global batch is cut: processes x accumulation x micro-batch, for every stream."""
+
+    processes: int
+    accumulation: int
+    micro: dict[str, int]
+
+    def __str__(self) -> str:
+        parts = " + ".join(f"{n} {stream}" for stream, n in self.micro.items())
+        return f"{self.processes} process(es) x {self.accumulation} micro-batch(es) of {parts}"
+
+
+def split_batch(batches: Mapping[str, int], processes: int, micro_batch: int) -> Split:
+    """Cut the global batches {stream: items} for a number of processes.
+
+    ``micro_batch`` bounds the first stream's items per forward pass; 0: no accumulation. Raises
+    ValueError where the batches can't be cut evenly.
+    """
+    first = next(iter(batches.values()))
+    micro = micro_batch or first // processes
+    accumulation = first // (processes * micro) if micro else 0
+    for stream, batch in batches.items():
+        if (
+            not accumulation
+            or batch % (processes * accumulation)
+            or accumulation * micro * processes != first
+        ):
+            raise ValueError(
+                f"a global batch of {batch} ({stream}) can't be cut into {processes} process(es) x "
+                f"micro-batches of {micro}: choose --run.micro-batch and a number of processes "
+                "that divide it"
+            )
+    cut = processes * accumulation
+    return Split(processes, accumulation, {s: batch // cut for s, batch in batches.items()})
+
+
+def be_deterministic(switch: bool) -> None:
+    """Ask for the same bits in every run on the same CUDA machine, or stop asking.
+
+    Call before anything is computed. Sets deterministic kernels (PyTorch raises RuntimeError that
+    names one that has no such form), cuDNN without search for the fastest, and cuBLAS's fixed work
+    space. Cost: slower gradients of indexing (the bias tables) and convolutions, and memory filled
+    before use; how much on a GPU we have not measured. CPU runs repeat to the bit without it.
+    """
+    if switch:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = switch
+    torch.use_deterministic_algorithms(switch)
+
+
+def in_folder(run: Run, folder: str) -> Run:
+    """Give the run settings with their folder filled in."""
+    return replace(run, folder=folder)
+
+
+def fit(
+    model: Trainable,
+    sources: Mapping[str, Source],
+    optim: Optim,
+    run: Run,
+    *,
+    steps: int,
+    prepare: Callable[[Batch, int], Batch],
+    after_step: Callable[[int], Mapping[str, float]] = lambda step: {},
+    config: Mapping[str, Any] | None = None,
+    rename: Callable[[str], str] = lambda name: name,
+    validate: Callable[[int], dict[str, float]] | None = None,
+    validate_every: int = 0,
+    best_by: str = "",
+    bad_share: float = 0.01,
+) -> list[Entry]:
+    """Train ``model`` for ``steps`` optimiser steps and return the record, one dict per step.
+
+    ``model(batch, noise)`` gives {stream: Term}; the loss is the sum over streams of the mean over
+    the *global* batch. ``model.counts(batch)`` says how many items each stream holds, and
+    ``model.noise_sizes`` how many uniforms per sample it wants. ``prepare(batch, step)`` runs on
+    the device without gradient: pixels to floats, token ids. ``after_step(step)`` runs on every
+    process after the weights' update; its numbers go into the record.
+
+    With ``run.folder`` the run is saved there and a run found there is resumed; ``config`` is
+    compared with the one found. With ``optim.ema`` the model ends with the weight average in the
+    weights' place, also where the run stops early or was finished before; checkpoints hold both.
+
+    ``validate(done)`` scores the model after ``done`` steps: on all processes, in eval mode, on the
+    average if there is one, every ``validate_every`` steps and after the last. Its numbers go into
+    the record as "val/...". Of the one named by ``best_by`` the weights with the highest value are
+    kept in RUN/best.
+
+    A record shorter than min(steps, run.stop_after or steps) is that of a run that was asked to
+    stop (SIGTERM): it is saved, and its process should end soon. Raises ValueError for another
+    configuration in the folder, for numbers that aren't finite, where nothing can be saved, and
+    where more than ``bad_share`` of a stream's items so far had to be replaced.
+    """
+    split = split_batch({s: source.batch for s, source in sources.items()},
+                        distributed.world_size(), run.micro_batch)  # fmt: skip
+    update = Update.start(model, sources, optim, run, prepare, rename)
+    average = start_average(model) if optim.ema else {}
+    folder = Path(run.folder) if run.folder else None
+    with contextlib.ExitStack() as stack:
+        start, history = _resume(stack, folder, update, average, dict(config or {}))
+        stop = min(steps, run.stop_after or steps)
+        items = len(next(iter(sources.values())).items)
+        replaced = Counter({s: sum(e.get(f"{s}/replaced", 0) for e in history) for s in sources})
+
+        def due(done: int) -> bool:
+            every = bool(validate_every) and done % validate_every == 0
+            return validate is not None and done > 0 and (done == steps or every)
+
+        def score(done: int) -> Entry:
+            assert validate is not None
+            return _validated(model, average, folder, history, validate, best_by, done)
+
+        if history and due(start) and not any(k.startswith("val/") for k in history[-1]):
+            history[-1] |= score(start)  # the run ended between a checkpoint and its validation
+        metrics = run_folder.Metrics(folder, history)
+        distributed.by_first(metrics.open)
+        stack.callback(metrics.close)
+        asked = stack.enter_context(run_folder.asked_to_stop())
+        title = f"steps {start} to {stop} in {split}; {update.precision}"
+        show = stack.enter_context(run_folder.progress(title, start, stop))
+        for step, micros, waited in _batches(sources, split, start, stop):
+            began = time.perf_counter()
+            also = {"asked": float(asked())} | _replacements(micros)
+            rate = learning_rate(optim, step, items)
+            entry = {"step": step, "lr": rate, **update.step(micros, step, rate, also)}
+            entry |= after_step(step)
+            if average:
+                update_average(average, model, optim.ema)
+            seconds = time.perf_counter() - began + waited
+            entry["items_per_s"] = sum(s.batch for s in sources.values()) / seconds
+            entry["data_wait"] = waited / seconds
+            stopping, done = entry.pop("asked") > 0, step + 1
+            replaced.update({s: entry.get(f"{s}/replaced", 0) for s in sources})
+            _stand_replacements(replaced, sources, done, bad_share)
+            if folder and (done == stop or stopping or due(done) or done % run.save_every == 0):
+                distributed.by_first(partial(_save, folder, metrics, update, average, done, entry))
+            if due(done) and not stopping:
+                entry |= score(done)
+            metrics.write(entry)
+            show(entry)
+            if stopping:
+                break
+        model.load_state_dict(model.state_dict() | average)
+        distributed.by_first(metrics.settle)
+    return metrics.history
+
+
+def _resume(
+    stack: contextlib.ExitStack,
+    folder: Path | None,
+    update: Update,
+    average: checkpoint.State,
+    config: dict[str, Any],
+) -> tuple[int, list[Entry]]:
+    """Enter the run's folder and load its latest checkpoint, if any: (steps done, record)."""
+    if folder is None:
+        return 0, []
+
+    def enter() -> tuple[Path | None, list[Entry]]:
+        lists = {run_folder.ITEMS + s: source.items.told() for s, source in update.sources.items()}
+        run_folder.claim(folder, config | lists)
+        stack.enter_context(run_folder.alone_in(folder))
+        checkpoint.tidy(folder)
+        return checkpoint.latest(folder), run_folder.read_metrics(folder)
+
+    found, history = distributed.by_first(enter)
+    if found is None:
+        return 0, []
+    state = checkpoint.load(found, update.model, update.optimizer, average)
+    if update.scaler.is_enabled() and state.get("scaler"):
+        update.scaler.load_state_dict(state["scaler"])
+    start = state["step"]
+    history = [entry for entry in history if entry["step"] < start]
+    if "entry" in state and (not history or history[-1]["step"] < start - 1):
+        history.append(state["entry"])  # saved before its line was written
+    return start, history
+
+
+def _save(
+    folder: Path,
+    metrics: run_folder.Metrics,
+    update: Update,
+    average: checkpoint.State,
+    done: int,
+    entry: Entry,
+) -> None:
+    """Save after ``done`` steps, the lines before the last one's ``entry`` first."""
+    metrics.settle()
+    checkpoint.save(folder, done, update.model, update.optimizer, average, update.run.keep,
+                    scaler=update.scaler.state_dict(), entry=entry)  # fmt: skip
+
+
+def _validated(
+    model: nn.Module,
+    average: checkpoint.State,
+    folder: Path | None,
+    history: list[Entry],
+    validate: Callable[[int], dict[str, float]],
+    best_by: str,
+    done: int,
+) -> Entry:
+    """Score the model, or its average, keep it if it is the best, and leave it as it was."""
+    weights = {k: v.clone() for k, v in model.state_dict().items() if k in average}
+    model.load_state_dict(model.state_dict() | average)
+    model.eval()
+    with torch.no_grad():
+        mine = validate(done)
+    model.train()
+    scores = {f"val/{k}": float(v) for k, v in distributed.by_first(lambda: mine).items()}
+
+    def keep() -> None:
+        assert folder is not None
+        name = f"val/{best_by}"
+        best = max((e.get(name, -math.inf) for e in history), default=-math.inf)
+        if scores[name] > best or not checkpoint.holds(folder / "best"):
+            told = {"step": done, best_by: scores[name]}
+            checkpoint.write(folder / "best", {"model": model.state_dict()}, told)
+
+    if folder and best_by:
+        distributed.by_first(keep)
+    model.load_state_dict(model.state_dict() | weights)
+    return scores
+
+
+def _replacements(micros: list[Batch]) -> dict[str, float]:
+    """Count the items of this process's batches that stand for a bad file."""
+    return {
+        f"{stream}/replaced": float(sum(int(batch[stream]["replaced"].sum()) for batch in micros))
+        for stream, part in micros[0].items()
+        if "replaced" in part
+    }
+
+
+def _stand_replacements(
+    replaced: Mapping[str, float], sources: Mapping[str, Source], done: int, bad_share: float
+) -> None:
+    for stream, source in sources.items():
+        bad, seen = replaced[stream], done * source.batch
+        if bad >= FEW and bad > bad_share * seen:
+            raise ValueError(
+                f"{bad:.0f} of the {seen} items of the {stream} stream had bad files, more than "
+                f"{bad_share:.2%}: look at them with python -m bevt_lib.check_data, or allow more "
+                "with --data.bad-share"
+            )
+
+
+def _batches(
+    sources: Mapping[str, Source], split: Split, start: int, stop: int
+) -> Iterator[tuple[int, list[Batch], float]]:
+    """Give (step, this process's micro-batches on its device, seconds waited for them)."""
+    if start >= stop:
+        return
+    device = distributed.device()
+    loaders = {s: iter(_loader(source, split, s, start, stop)) for s, source in sources.items()}
+    for step in range(start, stop):
+        began = time.perf_counter()
+        micros = [
+            _to_device({s: _next(loader) for s, loader in loaders.items()}, device)
+            for _ in range(split.accumulation)
+        ]
+        yield step, micros, time.perf_counter() - began
+
+
+def _next(loader: Iterator) -> dict[str, Any]:
+    """Take a loader's next micro-batch. RuntimeError as PyTorch's own where a worker was killed."""
+    try:
+        return next(loader)
+    except (EOFError, ConnectionError, FileNotFoundError) as error:  # killed while handing it over
+        raise RuntimeError(f"DataLoader worker seems to be killed: {error!r}") from error
+
+
+def _loader(source: Source, split: Split, stream: str, start: int, stop: int) -> DataLoader:
+    micro = split.micro[stream]
+    batches = step_batches(start, stop, source.batch, distributed.rank(), split.processes, micro)
+    return DataLoader(
+        source.items,
+        batch_sampler=list(batches),
+        num_workers=source.items.workers,
+        worker_init_fn=one_thread,
+        pin_memory=distributed.device().type == "cuda",
+    )
+
+
+def _to_device(batch: Batch, device: torch.device) -> Batch:
+    host = ("position", "replaced")
+    return {
+        s: {k: v.to(device, non_blocking=True) if k not in host else v for k, v in part.items()}
+        for s, part in batch.items()
+    }
