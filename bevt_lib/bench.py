@@ -25,7 +25,7 @@ from PIL import Image
 from bevt_lib import finetune, pretrain
 from bevt_lib.base.config import Finetune, Pretrain
 from bevt_lib.base.files import data_folder
-from bevt_lib.cli import open_door
+from bevt_lib.cli import run_command
 from bevt_lib.datasets.augment import one_thread
 from bevt_lib.datasets.items import LabelledClips, PretrainClips
 from bevt_lib.datasets.video import Video, read_frames
@@ -224,4 +224,4 @@ def report(recipe: Pretrain | Finetune, rates: Rates, rate: float | None) -> str
 
 
 if __name__ == "__main__":
-    open_door(main)
+    run_command(main)

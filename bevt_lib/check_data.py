@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from bevt_lib.cli import open_door
+from bevt_lib.cli import run_command
 from bevt_lib.datasets.lists import PICTURES, Record, read_entries, read_image_folder, read_report
 from bevt_lib.datasets.video import BadFile, Video, read_image
 
@@ -98,7 +98,7 @@ def sum_up(records: Sequence[Record]) -> str:
     return "\n".join(lines)
 
 
-def look_at(name: str, path: Path) -> Record:
+def check_file(name: str, path: Path) -> Record:
     """Decode a video or picture once and tell what it is like."""
     try:
         if path.suffix.lower() in PICTURES:
@@ -212,8 +212,8 @@ def serve(pipe: Connection, parents: Connection, timeout: float) -> None:
             return
         if hasattr(signal, "alarm"):
             signal.alarm(int(2 * timeout) + 1)
-        pipe.send(look_at(name, path))
+        pipe.send(check_file(name, path))
 
 
 if __name__ == "__main__":
-    open_door(main)
+    run_command(main)

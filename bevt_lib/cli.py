@@ -102,7 +102,7 @@ MENDABLE = {
 }  # fmt: skip
 
 
-def open_door(main: Callable[[list[str]], None]) -> None:
+def run_command(main: Callable[[list[str]], None]) -> None:
     """Run a command: an error its user can mend ends in one line on stderr and exit status 2.
 
     ``BEVT_TRACEBACK=1`` shows the traceback as well.

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from bevt_lib.cli import open_door
+from bevt_lib.cli import run_command
 from bevt_lib.model.bevt import BEVT
 from bevt_lib.model.classifier import Classifier
 from bevt_lib.weights.formats import NAMES, Recognised, architecture, export
@@ -52,7 +52,7 @@ def convert(source: Path, target: Path, format: str = "ours") -> str:
     if format == "ours" and not as_file:
         model = build_model(found, source)
         model.save_pretrained(target)
-        told = architecture(found.state, found.tokens) | {"released quirks": released(found)}
+        told = architecture(found.state, found.tokens) | {"released quirks": needs_quirks(found)}
         what = f"model folder {target}: " + ", ".join(f"{k} {v}" for k, v in told.items())
         if found.tokenizer:
             save_weights(found.tokenizer, target / TOKENIZER_FILE)
@@ -78,7 +78,7 @@ def build_model(found: Recognised, source: Path) -> BEVT | Classifier:
     try:
         if not {"num_classes", "vocab_size"} & shape.keys() or found.format in ("swin", "timm"):
             raise ValueError("an encoder without its heads")
-        model = kind(**shape, released=released(found))
+        model = kind(**shape, released_quirks=needs_quirks(found))
         load_strict(model, found.state, str(source))
     except ValueError as error:
         raise ValueError(
@@ -88,7 +88,7 @@ def build_model(found: Recognised, source: Path) -> BEVT | Classifier:
     return model
 
 
-def released(found: Recognised) -> bool:
+def needs_quirks(found: Recognised) -> bool:
     """Tell whether the model needs the released quirks: its weights were trained with them."""
     return found.format in ("bevt", "torchvision")
 
@@ -105,4 +105,4 @@ def write_file(state: dict[str, torch.Tensor], target: Path, format: str) -> Non
 
 
 if __name__ == "__main__":
-    open_door(main)
+    run_command(main)

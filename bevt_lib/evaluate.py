@@ -20,7 +20,7 @@ import torch
 
 from bevt_lib.base import distributed
 from bevt_lib.base.config import Finetune
-from bevt_lib.cli import choose, open_door
+from bevt_lib.cli import choose, run_command
 from bevt_lib.datasets import synthetic
 from bevt_lib.finetune import CLASSES, build_model, run_folder, score
 from bevt_lib.presets import FINETUNE
@@ -84,7 +84,7 @@ def evaluate(recipe: Evaluate) -> tuple[ClassScore, Path]:
     source = weights_of(Path(recipe.run.init))
     model = build_model(recipe).to(distributed.device())
     load_strict(model, read_weights(source), str(source))
-    distributed.first_alone(synthetic.render, needed=not recipe.data.val_list)
+    distributed.once_per_node(synthetic.render, needed=not recipe.data.val_list)
     file = Path(run_folder(recipe)) / f"scores_{recipe.split}.jsonl"
     if distributed.rank() == 0:
         print(f"model: {source}")
@@ -127,4 +127,4 @@ def plan(recipe: Evaluate) -> str:
 
 
 if __name__ == "__main__":
-    open_door(main)
+    run_command(main)

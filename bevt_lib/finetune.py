@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from bevt_lib.base import distributed, files
-from bevt_lib.base.config import Finetune, Views, flatten
+from bevt_lib.base.config import ClipSpec, Finetune, flatten
 from bevt_lib.base.seeds import Purpose, Stream, seeded_globals
-from bevt_lib.cli import choose, open_door
+from bevt_lib.cli import choose, run_command
 from bevt_lib.datasets import synthetic
 from bevt_lib.datasets.items import LabelledClips, Positions
 from bevt_lib.datasets.lists import leave_out_bad, read_entries, read_list
@@ -82,20 +82,17 @@ def run_folder(recipe: Finetune) -> str:
 
 def build_model(recipe: Finetune) -> Classifier:
     """Build the classifier with weights drawn from the run's seed."""
-    m = recipe.model
     with seeded_globals(recipe.run.seed, Purpose.WEIGHTS):
         return Classifier(
-            num_classes=recipe.num_classes, embed_dim=m.embed_dim, depths=m.depths,
-            num_heads=m.num_heads, window=m.window, patch=m.patch, drop_path=m.drop_path,
-            dropout=recipe.dropout, smoothing=recipe.smoothing, released=m.released,
-            linear_std=m.linear_std, classes=CLASSES.get(recipe.task, ()), views=views(recipe),
+            recipe.model, num_classes=recipe.num_classes, dropout=recipe.dropout,
+            smoothing=recipe.smoothing, classes=CLASSES.get(recipe.task, ()), views=views(recipe),
         )  # fmt: skip
 
 
-def views(recipe: Finetune) -> Views:
+def views(recipe: Finetune) -> ClipSpec:
     """Tell how the model reads a video in use: as the recipe tests it."""
     d = recipe.data
-    return Views(
+    return ClipSpec(
         frames=d.frames, interval=d.interval, size=d.size, short=d.short,
         sampling=recipe.sampling, clips=recipe.test_clips, crops=recipe.test_crops,
     )  # fmt: skip
@@ -115,13 +112,13 @@ def start_weights(recipe: Finetune, model: Classifier) -> str:
     if path != "scratch":
         report = f"{Path(path).name}: {start_classifier(model, read_weights(Path(path)))}"
     if recipe.antisymmetric:
-        see_change(model, recipe.antisymmetric)
+        init_antisymmetric(model, recipe.antisymmetric)
         report += f"; {recipe.antisymmetric:.0%} of the 3D patch filters antisymmetric in time"
     return f"start: {report}"
 
 
 @torch.no_grad()
-def see_change(model: Classifier, share: float) -> None:
+def init_antisymmetric(model: Classifier, share: float) -> None:
     """Start a share of the 3D patch filters as (+w, -w) in time: later frames minus the first.
 
     The released inflation gives all frames of a patch the same weights, so the embedding can't
@@ -185,7 +182,7 @@ def train_of(recipe: Finetune) -> tuple[Classifier, list[dict[str, float]], int]
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
     loop.be_deterministic(recipe.run.deterministic)
-    distributed.first_alone(synthetic.render, needed=not recipe.data.video_list)
+    distributed.once_per_node(synthetic.render, needed=not recipe.data.video_list)
     model = build_model(recipe)
     report = start_weights(recipe, model)
     if distributed.rank() == 0:
@@ -270,4 +267,4 @@ def plan(recipe: Finetune) -> str:
 
 
 if __name__ == "__main__":
-    open_door(main)
+    run_command(main)

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from bevt_lib.base import distributed
-from bevt_lib.base.config import Views
-from bevt_lib.cli import open_door
+from bevt_lib.base.config import ClipSpec
+from bevt_lib.cli import run_command
 from bevt_lib.datasets.items import LabelledClips, PretrainClips
 from bevt_lib.datasets.lists import Entry
 from bevt_lib.model.bevt import BEVT
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> None:
     print(f"{len(right)} of {guess.hidden.size} places hidden; {right.mean():.1%} named right")
 
 
-def needs_views(model: BEVT | Classifier) -> Views:
+def needs_views(model: BEVT | Classifier) -> ClipSpec:
     """Give how the model reads videos. Raises ValueError for a folder that doesn't say."""
     if model.views is None:
         raise ValueError(
@@ -82,7 +82,9 @@ def classify(model: Classifier, video: str | Path) -> list[tuple[str, float]]:
 class Guess(NamedTuple):
     """What a pretraining model makes of a hidden tube."""
 
-    sample: dict[str, np.ndarray]  # "pixels", "view" and "mask", as viz.prediction_rows takes them
+    sample: dict[
+        str, np.ndarray
+    ]  # "pixels", "tokenizer_input" and "mask", as viz.prediction_rows takes them
     hidden: np.ndarray  # bool (T, h, w)
     ids: np.ndarray  # int64 (T, h, w): what the tokenizer says
     named: np.ndarray  # int64 (T, h, w): what the model says
@@ -106,7 +108,7 @@ def name_hidden(model: BEVT, tokenizer: Tokenizer, video: str | Path, seed: int 
     hide = partial(hide_tubes, grid=grid, target=mask_budget((side, side))[0], length=TUBE)
     items = PretrainClips(
         [Entry(Path(video), -1)], frames=v.frames, interval=v.interval, size=v.size,
-        short=(v.short[0], v.short[1]), view_size=side * tokenizer.factor, mask=hide, seed=seed,
+        short=(v.short[0], v.short[1]), input_size=side * tokenizer.factor, mask=hide, seed=seed,
     )  # fmt: skip
     sample = items.sample(0, 0)
     device = next(model.parameters()).device
@@ -118,4 +120,4 @@ def name_hidden(model: BEVT, tokenizer: Tokenizer, video: str | Path, seed: int 
 
 
 if __name__ == "__main__":
-    open_door(main)
+    run_command(main)

@@ -256,7 +256,7 @@ def paper_dvae() -> TrainTokenizer:
     """
     return TrainTokenizer(
         name="paper_dvae",
-        data=Data(size=256, short=(256, 320), workers=8, expected_items=1_281_167),
+        data=Data(embedded=False, size=256, short=(256, 320), workers=8, expected_items=1_281_167),
         tokens=Tokens(),
         optim=Optim(lr=1e-4, weight_decay=1e-4, images=512, steps=3_000_000,
                     cosine_steps=1_200_000, last_share=0.0125, ema=0.001),
@@ -281,7 +281,7 @@ def paper_peco() -> TrainPeco:
     """
     return TrainPeco(
         name="paper_peco",
-        data=Data(workers=8, expected_items=1_281_167),
+        data=Data(embedded=False, workers=8, expected_items=1_281_167),
         tokens=Tokens(factor=16),
         optim=Optim(lr=1e-4, images=256, epochs=100, warmup=1, clip_norm=3.0),
         perceptual="vit_base_patch16_224",
@@ -303,7 +303,7 @@ def paper_image() -> Pretrain:
         name="paper_image",
         streams=("image",),
         model=Model(drop_path=0.1),
-        data=Data(jitter=0.4, workers=8, expected_items=1_281_167),
+        data=Data(embedded=False, jitter=0.4, workers=8, expected_items=1_281_167),
         tokens=Tokens(fp16=True),
         optim=Optim(lr=1.5e-3, images=2048, epochs=800, warmup=10, clip_norm=3.0,
                     rules=RELEASED_NO_DECAY),
@@ -321,8 +321,8 @@ def paper_joint() -> Pretrain:
     return Pretrain(
         name="paper_joint",
         streams=("video", "image"),
-        model=Model(released=True),
-        data=Data(jitter=0.4, workers=8, expected_items=240_000),
+        model=Model(released_quirks=True),
+        data=Data(embedded=False, jitter=0.4, workers=8, expected_items=240_000),
         tokens=Tokens(fp16=True),
         optim=Optim(lr=5e-4, clips=256, images=2048, epochs=150, warmup=10, clip_norm=3.0,
                     rules=RELEASED_NO_DECAY),
@@ -353,7 +353,7 @@ def paper_k400() -> Finetune:
         task="k400",
         num_classes=400,
         model=Model(),
-        data=Data(frames=32, interval=2, short=(256, 256), workers=8,
+        data=Data(embedded=False, frames=32, interval=2, short=(256, 256), workers=8,
                   expected_items=240_000),
         optim=Optim(lr=3e-4, weight_decay=0.001, clips=64, epochs=60, warmup=2.5, stairs=True,
                     clip_norm=40.0, rules=tuple(rules)),
@@ -381,7 +381,7 @@ def paper_ssv2() -> Finetune:
         task="ssv2",
         num_classes=174,
         model=Model(window=(16, 7, 7), drop_path=0.4),
-        data=Data(frames=32, short=(256, 256), workers=8, expected_items=168_913),
+        data=Data(embedded=False, frames=32, short=(256, 256), workers=8, expected_items=168_913),
         optim=Optim(lr=5e-4, clips=64, epochs=60, warmup=2.5, stairs=True,
                     rules=(*RELEASED_NO_DECAY, ("backbone", 0.1, 1.0)),
                     ema=1 - (1 - 0.0002) ** 8),

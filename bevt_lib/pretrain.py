@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from bevt_lib.base import distributed, files
-from bevt_lib.base.config import Pretrain, Views, flatten
+from bevt_lib.base.config import ClipSpec, Pretrain, flatten
 from bevt_lib.base.files import digest
 from bevt_lib.base.seeds import Purpose, Stream, seeded_globals
-from bevt_lib.cli import choose, open_door
+from bevt_lib.cli import choose, run_command
 from bevt_lib.datasets import synthetic
 from bevt_lib.datasets.items import Positions, PretrainClips, PretrainImages
 from bevt_lib.datasets.lists import leave_out_bad, read_entries, read_image_folder, read_list
@@ -55,13 +55,11 @@ def run_folder(recipe: Pretrain) -> str:
 
 def build_model(recipe: Pretrain) -> BEVT:
     """Build the model with weights drawn from the run's seed."""
-    m, d = recipe.model, recipe.data
+    d = recipe.data
     with seeded_globals(recipe.run.seed, Purpose.WEIGHTS):
         return BEVT(
-            vocab_size=recipe.tokens.vocab_size, embed_dim=m.embed_dim, depths=m.depths,
-            num_heads=m.num_heads, window=m.window, patch=m.patch, drop_path=m.drop_path,
-            released=m.released, linear_std=m.linear_std, streams=recipe.streams,
-            views=Views(frames=d.frames, interval=d.interval, size=d.size, short=d.short),
+            recipe.model, vocab_size=recipe.tokens.vocab_size, streams=recipe.streams,
+            views=ClipSpec(frames=d.frames, interval=d.interval, size=d.size, short=d.short),
         )  # fmt: skip
 
 
@@ -156,7 +154,7 @@ def build_items(recipe: Pretrain, stream: str, split: str = "train"):
         hide = partial(hide_blocks, grid=(side, side), target=target)
         return PretrainImages(
             leave_out_bad(entries, d.checked if own else (), root), size=d.size, short=d.short,
-            view_size=view, mask=hide, jitter=d.jitter, seed=recipe.run.seed, timeout=d.timeout,
+            input_size=view, mask=hide, jitter=d.jitter, seed=recipe.run.seed, timeout=d.timeout,
         )  # fmt: skip
     if own:
         root = Path(d.video_root or ".")
@@ -168,7 +166,7 @@ def build_items(recipe: Pretrain, stream: str, split: str = "train"):
     hide = partial(hide_tubes, grid=(steps, side, side), target=target, length=recipe.masking.tube)
     return PretrainClips(
         entries, frames=d.frames, interval=d.interval, size=d.size, short=d.short,
-        view_size=view, mask=hide, seed=recipe.run.seed, timeout=d.timeout,
+        input_size=view, mask=hide, seed=recipe.run.seed, timeout=d.timeout,
     )  # fmt: skip
 
 
@@ -189,7 +187,7 @@ def train(recipe: Pretrain) -> tuple[BEVT, list[dict[str, float]]]:
     report = start_weights(recipe, model)
     if distributed.rank() == 0:
         print(report)
-    distributed.first_alone(synthetic.render, needed=not recipe.data.image_root)
+    distributed.once_per_node(synthetic.render, needed=not recipe.data.image_root)
     sources = {
         stream: Source(
             Positions(
@@ -248,4 +246,4 @@ def plan(recipe: Pretrain) -> str:
 
 
 if __name__ == "__main__":
-    open_door(main)
+    run_command(main)

@@ -21,7 +21,7 @@ from torch import Tensor
 from bevt_lib import pretrain
 from bevt_lib.base import distributed
 from bevt_lib.base.files import data_folder
-from bevt_lib.cli import open_door
+from bevt_lib.cli import run_command
 from bevt_lib.presets import lesson_image
 from bevt_lib.tokenizers.base import psnr, usage
 from bevt_lib.tokenizers.baselines import cells_of, mean_colours, name_cells, nearest_code
@@ -34,7 +34,7 @@ SHIPPED = ("lesson_dvae", "lesson_peco")
 STRENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # scikit-learn's C, of which one is chosen
 FOLDS = 4
 NETWORKS = (SUPERVISED, LABEL_FREE)
-SEEN = 96  # side at which the networks see pictures, pixels: the lesson models' crop
+NETWORK_SIDE = 96  # side at which the networks see pictures, pixels: the lesson models' crop
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def read_what(
 def stills(split: str) -> tuple[Tensor, np.ndarray]:
     """Give the embedded stills of a split: views uint8 (N, 48, 48, 3), and *what* they show."""
     items = pretrain.build_items(lesson_image(), "image", split)
-    views = np.stack([items.sample(0, i)["view"][0] for i in range(len(items))])
+    views = np.stack([items.sample(0, i)["tokenizer_input"][0] for i in range(len(items))])
     return torch.from_numpy(views), np.array([entry.label for entry in items.entries])
 
 
@@ -143,7 +143,7 @@ def compare(files: Mapping[str, Path], networks: Mapping[str, PerceptualDistance
         used, perplexity = usage(ids, words)
         pairs = (seen, train_what), (ids, test_what)
         table[name] = replace(
-            looks(test, painted, networks), usage=used, perplexity=perplexity,
+            image_quality(test, painted, networks), usage=used, perplexity=perplexity,
             what=read_what(*pairs, words, where=False),
             what_where=read_what(*pairs, words, where=True),
         )  # fmt: skip
@@ -157,11 +157,13 @@ def compare(files: Mapping[str, Path], networks: Mapping[str, PerceptualDistance
     codes = kmeans_codes(train)
     seen, ids = name_cells(train, codes), name_cells(test, codes)
     enter("k-means on cells", nearest_code(test, codes), seen, ids, WORDS)
-    table["mean colours"] = looks(test, mean_colours(test), networks)
+    table["mean colours"] = image_quality(test, mean_colours(test), networks)
     return table
 
 
-def looks(pictures: Tensor, painted: Tensor, networks: Mapping[str, PerceptualDistance]) -> Score:
+def image_quality(
+    pictures: Tensor, painted: Tensor, networks: Mapping[str, PerceptualDistance]
+) -> Score:
     """Score what became of uint8 pictures (N, h, w, 3), whatever painted them."""
     distances = {n: distance_under(network, pictures, painted) for n, network in networks.items()}
     return Score(psnr=psnr(pictures, painted), ssim=ssim(pictures, painted), perceptual=distances)
@@ -194,7 +196,9 @@ def main(arguments: list[str]) -> None:
     if any(not path for _, _, path in pairs) or ("--json" in arguments and not target):
         raise ValueError("usage: python -m bevt_lib.tokenizer_scores [NAME=FILE ...] [--json FILE]")
     shipped = {n: data_folder() / "weights" / f"{n}.safetensors" for n in SHIPPED}
-    networks = {n: PerceptualDistance(n, side=SEEN).to(distributed.device()) for n in NETWORKS}
+    networks = {
+        n: PerceptualDistance(n, side=NETWORK_SIDE).to(distributed.device()) for n in NETWORKS
+    }
     table = compare({n: Path(path) for n, _, path in pairs} or shipped, networks)
     print(write(table))
     if target:
@@ -203,4 +207,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    open_door(main)
+    run_command(main)

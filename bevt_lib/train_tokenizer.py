@@ -15,7 +15,7 @@ from torch import Tensor
 from bevt_lib.base import distributed, files
 from bevt_lib.base.config import TrainPeco, TrainTokenizer, flatten
 from bevt_lib.base.seeds import Purpose, Stream, seeded_globals, torch_generator
-from bevt_lib.cli import choose, open_door
+from bevt_lib.cli import choose, run_command
 from bevt_lib.datasets import synthetic
 from bevt_lib.datasets.items import Pictures, Positions
 from bevt_lib.datasets.lists import Entry, read_image_folder
@@ -35,7 +35,7 @@ from bevt_lib.training.optim import cycle_of, total_steps
 STRIDE = 16  # pixels of a picture per id: BEVT's grid
 FILM_STEP = 8  # every eighth film frame is a training picture
 PHOTO_REPEATS = 6  # photos are few beside the stills
-WATCHED = 64  # held-out pictures looked at while training
+HELD_OUT = 64  # held-out pictures looked at while training
 SHOWN = 8  # of them in a strip
 START_PICTURES = 1024  # from which words and codes start, at most
 
@@ -83,23 +83,23 @@ def training_entries() -> list[Entry]:
 
 
 def split_entries(recipe: Recipe) -> tuple[list[Entry], list[Entry]]:
-    """List (training pictures, WATCHED held-out ones).
+    """List (training pictures, HELD_OUT held-out ones).
 
     Of one's own folder every n-th picture is held out; of the embedded data, validation stills.
     """
     if recipe.data.image_root:
         own = read_image_folder(Path(recipe.data.image_root))
-        held = set(range(0, len(own), max(2, len(own) // WATCHED)))
+        held = set(range(0, len(own), max(2, len(own) // HELD_OUT)))
         return [e for i, e in enumerate(own) if i not in held], [own[i] for i in sorted(held)]
     stills = read_image_folder(synthetic.render() / "images" / "val")
-    return training_entries(), stills[:: len(stills) // WATCHED]
+    return training_entries(), stills[:: len(stills) // HELD_OUT]
 
 
 def pictures_of(recipe: Recipe, entries: Sequence[Entry]) -> Pictures:
     """Make the data set that gives the tokenizer's views of pictures."""
     d = recipe.data
     view = recipe.view or d.size // STRIDE * recipe.tokens.factor
-    return Pictures(entries, size=d.size, short=d.short, view_size=view, seed=recipe.run.seed)
+    return Pictures(entries, size=d.size, short=d.short, input_size=view, seed=recipe.run.seed)
 
 
 def build_model(recipe: Recipe) -> DVAE | Peco:
@@ -127,7 +127,7 @@ def perceptual_distance(recipe: TrainPeco) -> PerceptualDistance | None:
 def prepare_batch(recipe: Recipe, batch: Batch, step: int) -> Batch:
     """Turn views into floats, and add what the dVAE's schedules say at this step."""
     part = batch["picture"]
-    ready = {"pixels": to_unit(part["view"]), "position": part["position"]}
+    ready = {"pixels": to_unit(part["tokenizer_input"]), "position": part["position"]}
     if isinstance(recipe, TrainTokenizer):
         cycle = cycle_of(recipe.optim, step)[0]
         most = 0.8 * recipe.optim.steps
@@ -141,7 +141,7 @@ def prepare_batch(recipe: Recipe, batch: Batch, step: int) -> Batch:
     return {"picture": ready}
 
 
-def look(tokenizer: FrozenTokenizer, views: Tensor, strip: Path) -> dict[str, float]:
+def score_and_draw(tokenizer: FrozenTokenizer, views: Tensor, strip: Path) -> dict[str, float]:
     """Score a tokenizer on held-out views, uint8 (N, v, v, 3), and write a strip of some."""
     ids = tokenizer.encode(views)
     painted = tokenizer.decode(ids)
@@ -160,7 +160,7 @@ def train(recipe: Recipe) -> tuple[DVAE | Peco, list[dict[str, float]]]:
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
     loop.be_deterministic(recipe.run.deterministic)
-    distributed.first_alone(synthetic.render, needed=not recipe.data.image_root)
+    distributed.once_per_node(synthetic.render, needed=not recipe.data.image_root)
     d, seed, folder = recipe.data, recipe.run.seed, Path(run_folder(recipe))
     entries, held = split_entries(recipe)
     pictures = pictures_of(recipe, entries)
@@ -171,7 +171,9 @@ def train(recipe: Recipe) -> tuple[DVAE | Peco, list[dict[str, float]]]:
         model.perceptual = perceptual_distance(recipe)
     start_words(recipe, model, pictures)
     watched = pictures_of(recipe, held)
-    views = torch.from_numpy(np.stack([watched.sample(0, i)["view"] for i in range(len(held))]))
+    views = torch.from_numpy(
+        np.stack([watched.sample(0, i)["tokenizer_input"] for i in range(len(held))])
+    )
     views = views.to(distributed.device())
 
     def after_step(step: int) -> Mapping[str, float]:
@@ -180,7 +182,7 @@ def train(recipe: Recipe) -> tuple[DVAE | Peco, list[dict[str, float]]]:
         return {}
 
     def validate(done: int) -> dict[str, float]:
-        return look(model.tokenizer(), views, folder / "strips" / f"step_{done:08d}.png")
+        return score_and_draw(model.tokenizer(), views, folder / "strips" / f"step_{done:08d}.png")
 
     history = loop.fit(
         model, {"picture": Source(items, recipe.optim.images)}, recipe.optim,
@@ -197,7 +199,9 @@ def start_words(recipe: Recipe, model: DVAE | Peco, pictures: Pictures) -> None:
     if isinstance(recipe, TrainTokenizer) and not recipe.quick_start:
         return
     every = max(8, len(pictures) // START_PICTURES)
-    sample = np.stack([pictures.sample(0, i)["view"] for i in range(0, len(pictures), every)])
+    sample = np.stack(
+        [pictures.sample(0, i)["tokenizer_input"] for i in range(0, len(pictures), every)]
+    )
     generator = torch_generator(recipe.run.seed, Purpose.WEIGHTS)
     start = model.start_codes if isinstance(model, Peco) else model.spread_codes
     start(to_unit(torch.from_numpy(sample)), generator)
@@ -218,7 +222,7 @@ def plan(recipe: Recipe) -> str:
     lines = {
         "preset": recipe.name,
         "parameters": f"{cost.parameters(model):,} trained",
-        "view": f"{side}x{side} px, {grid}x{grid} ids of {recipe.tokens.vocab_size:,}",
+        "tokenizer_input": f"{side}x{side} px, {grid}x{grid} ids of {recipe.tokens.vocab_size:,}",
         "global batch": f"{recipe.optim.images} pictures",
         "cut into": str(loop.split_batch(batches, processes, recipe.run.micro_batch)),
         "steps": f"{total_steps(recipe.optim, expected):,}"
@@ -231,4 +235,4 @@ def plan(recipe: Recipe) -> str:
 
 
 if __name__ == "__main__":
-    open_door(main)
+    run_command(main)

@@ -116,7 +116,7 @@ def curve(folder: Path) -> list[dict]:
 
 
 def best(folder: Path) -> dict:
-    assert checkpoint.holds(folder / "best"), "the best model is damaged"
+    assert checkpoint.is_intact(folder / "best"), "the best model is damaged"
     return json.loads((folder / "best" / "state.json").read_text())
 
 

@@ -135,7 +135,7 @@ forked = pytest.mark.skipif(
 @forked
 @pytest.mark.parametrize("workers", [1, 3])
 def test_crashing_and_hanging_decoders_cost_their_file_alone(tmp_path, monkeypatch, workers):
-    def look(name, path):
+    def pretend(name, path):
         if "segfault" in name:
             faulthandler.disable()  # pytest's would write a traceback
             ctypes.string_at(0)
@@ -145,7 +145,7 @@ def test_crashing_and_hanging_decoders_cost_their_file_alone(tmp_path, monkeypat
             time.sleep(60)
         return Record(name, True, 7)
 
-    monkeypatch.setattr(check_data, "look_at", look)
+    monkeypatch.setattr(check_data, "check_file", pretend)
     names = ["a", "segfault 1", "b", "hang 1", "c", "exit", "d", "hang 2", "segfault 2", "e"]
     began = time.monotonic()
     found = list(check_data.check({n: tmp_path / n for n in names}, workers, 1.0))

@@ -141,7 +141,7 @@ def test_a_block_under_autocast_keeps_what_a_hand_count_says():
     dim, heads, tokens = 64, 2, 2 * 8 * 8
     window, clips = 2 * 4 * 4, 3
     with torch.device("meta"):
-        block = Block(dim, heads, (2, 4, 4), shifted=False, drop_path=0.0, released=False)
+        block = Block(dim, heads, (2, 4, 4), shifted=False, drop_path=0.0, released_quirks=False)
     x = cost.empty(clips, 2, 8, 8, dim).requires_grad_()
     with cost.Bf16():
         kept = cost.kept_bytes(block, lambda: block(x, None).sum())

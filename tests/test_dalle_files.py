@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 
 from bevt_lib import pretrain
-from bevt_lib.cli import open_door
+from bevt_lib.cli import run_command
 from bevt_lib.convert_weights import TOKENIZER_FILE, convert
 from bevt_lib.model.bevt import BEVT
 from bevt_lib.tokenizers import dalle, openai_files
@@ -256,7 +256,7 @@ def test_another_file_is_told_in_one_line_at_the_door(folder, case, monkeypatch,
     monkeypatch.setattr(sys, "argv", ["pretrain", "lesson_image", "--tokens.weights", str(folder),
                                       "--run.folder", str(folder / "run")])  # fmt: skip
     with pytest.raises(SystemExit) as status:
-        open_door(pretrain.main)
+        run_command(pretrain.main)
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert status.value.code == 2 and line.startswith("error: ") and str(folder) in line
     assert not list(folder.glob("*.safetensors")) and not list(folder.glob("*.part"))

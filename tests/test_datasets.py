@@ -30,12 +30,10 @@ from bevt_lib.datasets.items import (
     step_batches,
 )
 from bevt_lib.datasets.lists import Entries, Entry, read_image_folder, read_list
-from bevt_lib.datasets.sampling import test_frames
+from bevt_lib.datasets.sampling import eval_frames
 from bevt_lib.datasets.video import VideoError, write_video
 from bevt_lib.presets import paper_diving48, paper_k400, paper_ssv2
 from bevt_lib.pretrain import hide_blocks, hide_tubes
-
-test_frames.__test__ = False  # a library function, not a test
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +45,7 @@ def folder():
 def clips(folder):
     hide = partial(hide_tubes, grid=(4, 6, 6), target=18, length=(0.5, 0.75))
     entries = read_list(folder / "how_val.txt", folder)
-    return PretrainClips(entries, frames=8, interval=1, size=96, short=(98, 112), view_size=48,
+    return PretrainClips(entries, frames=8, interval=1, size=96, short=(98, 112), input_size=48,
                          mask=hide, seed=0)  # fmt: skip
 
 
@@ -66,7 +64,7 @@ def test_a_sample_depends_on_its_key_alone(clips):
 
 def test_streams_do_not_draw_alike(folder):
     hide = partial(hide_blocks, grid=(6, 6), target=18)
-    settings = {"size": 96, "short": (98, 112), "view_size": 48, "mask": hide, "seed": 0}
+    settings = {"size": 96, "short": (98, 112), "input_size": 48, "mask": hide, "seed": 0}
     images = PretrainImages(read_image_folder(folder / "images" / "val"), **settings)
     clips = PretrainClips(images.entries, frames=1, interval=1, **settings)
     masks = [(images.sample(0, i)["mask"], clips.mask) for i in range(3)]
@@ -211,13 +209,13 @@ def test_a_training_clip_holds_every_third_frame_and_wraps(counting):
 def test_test_views_are_clip_by_clip_start_end_middle(counting):
     items = whole_crops(counting, train=False, flip=False)
     views = items.views(1, 2, 3)
-    starts = test_frames(40, 5, 3, 2)[:, 0]
+    starts = eval_frames(40, 5, 3, 2)[:, 0]
     for view, (start, left) in zip(
         views, [(s, left) for s in starts for left in (0, 32, 16)], strict=True
     ):
         assert frame_numbers(view, left) == [start + 3 * i for i in range(5)]
     centre = items.sample(0, 1)["pixels"]
-    middle = test_frames(40, 5, 3, 1)[0]
+    middle = eval_frames(40, 5, 3, 1)[0]
     assert frame_numbers(centre, 16) == middle.tolist()
     with pytest.raises(ValueError, match="1 or 3"):
         items.views(1, 1, 2)
@@ -236,10 +234,10 @@ def test_clips_are_flipped_as_a_whole_and_only_where_asked(counting, flip, share
 
 
 def test_pretraining_clips_take_frames_at_the_interval(counting):
-    clips = PretrainClips(counting, frames=4, interval=5, size=64, short=(64, 64), view_size=32,
+    clips = PretrainClips(counting, frames=4, interval=5, size=64, short=(64, 64), input_size=32,
                           mask=lambda rng: np.zeros((2, 4, 4), bool), seed=0)  # fmt: skip
     sample = clips.sample(0, 1)
-    for part in ("pixels", "view"):
+    for part in ("pixels", "tokenizer_input"):
         grey = sample[part].astype(float).mean((1, 2, 3)) / STEP
         assert np.rint(np.diff(grey)).tolist() == [5, 5, 5]
 
@@ -290,7 +288,7 @@ def test_a_box_is_erased_last_and_nothing_else_changes(counting):
         assert 0.015 < (third == (124, 116, 104)).all(-1).mean() < 0.35
         assert np.array_equal(third, both.sample(epoch, 1)["pixels"])
     tested = whole_crops(counting, train=False, flip=True, erasing=1.0, rand_augment=(4, 7))
-    assert frame_numbers(tested.sample(0, 1)["pixels"], 16) == test_frames(40, 5, 3, 1)[0].tolist()
+    assert frame_numbers(tested.sample(0, 1)["pixels"], 16) == eval_frames(40, 5, 3, 1)[0].tolist()
 
 
 def test_augmented_clips_are_the_same_in_any_process(counting):
@@ -404,7 +402,7 @@ def test_replacements_depend_on_neither_workers_nor_resume(one_bad, workers):
         batches = list(loader)
         assert sum(int(b["replaced"].sum()) for b in batches) >= 1
         for number, batch in enumerate(batches, start):
-            for key in ("pixels", "view", "mask", "position", "replaced"):
+            for key in ("pixels", "tokenizer_input", "mask", "position", "replaced"):
                 mine = np.stack([expected[2 * number + i][key] for i in (0, 1)])
                 assert np.array_equal(batch[key].numpy(), mine)
 
@@ -467,16 +465,20 @@ def test_packed_entries_are_the_entries(tmp_path):
 
 
 def test_a_list_is_told_by_its_names_labels_and_order():
-    def told(*pairs, root="/here"):
-        return Entries([Entry(Path(root) / name, label) for name, label in pairs]).told()
+    def fingerprint(*pairs, root="/here"):
+        return Entries([Entry(Path(root) / name, label) for name, label in pairs]).fingerprint()
 
-    one = told(("a/x.mp4", 0), ("b/yy.mp4", 1))
-    assert one == told(("a/x.mp4", 0), ("c/yy.mp4", 1), root="/there") and one.startswith("2 (")
-    others = {one, told(("b/yy.mp4", 1), ("a/x.mp4", 0)), told(("a/x.mp4", 1), ("b/yy.mp4", 1)),
-              told(("a/x.mp", 0), ("b/4yy.mp4", 1)), told(("a/x.mp4", 0))}  # fmt: skip
+    one = fingerprint(("a/x.mp4", 0), ("b/yy.mp4", 1))
+    assert one == fingerprint(("a/x.mp4", 0), ("c/yy.mp4", 1), root="/there") and one.startswith(
+        "2 ("
+    )
+    swapped = fingerprint(("b/yy.mp4", 1), ("a/x.mp4", 0))
+    relabelled = fingerprint(("a/x.mp4", 1), ("b/yy.mp4", 1))
+    renamed = fingerprint(("a/x.mp", 0), ("b/4yy.mp4", 1))
+    others = {one, swapped, relabelled, renamed, fingerprint(("a/x.mp4", 0))}
     assert len(others) == 5
     items = SimpleNamespace(entries=Entries([Entry(Path("x.mp4"), 0)]))
-    assert Positions(items, seed=0, stream=Stream.VIDEO).told() == told(("x.mp4", 0))
+    assert Positions(items, seed=0, stream=Stream.VIDEO).fingerprint() == fingerprint(("x.mp4", 0))
 
 
 @pytest.fixture(scope="module")
@@ -502,7 +504,7 @@ def test_pretraining_samples_equal_a_slow_plain_version(kinetics_film):
     """All frames decoded, all resized whole, then cut, mirrored and shrunk one by one."""
     path, every = kinetics_film
     items = PretrainClips([Entry(path, -1)], frames=16, interval=8, size=224, short=(256, 320),
-                          view_size=112, mask=lambda rng: 0, seed=0, timeout=60)  # fmt: skip
+                          input_size=112, mask=lambda rng: 0, seed=0, timeout=60)  # fmt: skip
     flips = 0
     for epoch in range(6):
         rng = keyed(1, Stream.VIDEO, epoch, 0)
@@ -514,7 +516,9 @@ def test_pretraining_samples_equal_a_slow_plain_version(kinetics_film):
         flipped = rng.random() < 0.5
         flips += flipped
         sample = items.sample(epoch, 0)
-        for frame, mine, small in zip(frames, sample["pixels"], sample["view"], strict=True):
+        for frame, mine, small in zip(
+            frames, sample["pixels"], sample["tokenizer_input"], strict=True
+        ):
             large = cv2.resize(frame, (width, short), interpolation=cv2.INTER_CUBIC)
             cut = large[top : top + 224, left : left + 224]
             cut = np.ascontiguousarray(cut[:, ::-1] if flipped else cut)
@@ -569,8 +573,8 @@ def test_pictures_for_the_tokenizer_come_from_files_and_films(counting, tmp_path
     Image.fromarray(grey).save(tmp_path / "a.png")
     film = counting[1].path
     pictures = Pictures([Entry(tmp_path / "a.png", 0), Entry(film, 3), Entry(film, 30)],
-                        size=64, short=(64, 64), view_size=24, seed=0)  # fmt: skip
-    views = [pictures.sample(1, i)["view"] for i in range(3)]
+                        size=64, short=(64, 64), input_size=24, seed=0)  # fmt: skip
+    views = [pictures.sample(1, i)["tokenizer_input"] for i in range(3)]
     assert all(view.shape == (24, 24, 3) for view in views)
     assert (views[0] == 77).all()
     between = views[2].astype(float).mean() - views[1].astype(float).mean()

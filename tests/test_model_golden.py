@@ -33,7 +33,7 @@ def architecture(config: dict) -> dict:
         "window": tuple(config["window"]),
         "patch": tuple(config["patch_size"]),
         "patch_norm": config["patch_norm"],
-        "released": True,
+        "released_quirks": True,
     }
 
 

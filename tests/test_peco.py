@@ -381,7 +381,9 @@ def test_peco_trains_looks_and_leaves_a_tokenizer(perceptual, tmp_path):
     made = load_tokenizer(run / "tokenizer.safetensors")
     _, held = train_tokenizer.split_entries(lesson_peco())
     items = train_tokenizer.pictures_of(lesson_peco(), held)
-    views = torch.from_numpy(np.stack([items.sample(0, i)["view"] for i in range(len(held))]))
+    views = torch.from_numpy(
+        np.stack([items.sample(0, i)["tokenizer_input"] for i in range(len(held))])
+    )
     painted = made.decode(made.encode(views))
     assert history[-1]["val/psnr"] == pytest.approx(psnr(views, painted), abs=1e-4)
     strip = cv2.imread(str(run / "strips" / "step_00000004.png"))[..., ::-1]
@@ -423,7 +425,7 @@ def test_dalles_schedules_are_the_published_ones():
     view = torch.zeros(1, 8, 8, 3, dtype=torch.uint8)
 
     def at(step):
-        batch = {"picture": {"view": view, "position": torch.zeros(1)}}
+        batch = {"picture": {"tokenizer_input": view, "position": torch.zeros(1)}}
         part = train_tokenizer.prepare_batch(recipe, batch, step)["picture"]
         return part["temperature"], part["kl_weight"], part["noise_scale"], part["decoder_only"]
 
@@ -454,7 +456,7 @@ def test_a_few_held_out_pictures_make_a_short_strip(tmp_path):
     """Of one's own folder of six pictures three are held out."""
     views = torch.arange(3 * 16 * 16 * 3).view(3, 16, 16, 3).to(torch.uint8)
     tokenizer = Peco(hidden=4, blocks=1, code_dim=4, factor=8, vocab_size=12).tokenizer()
-    train_tokenizer.look(tokenizer, views, tmp_path / "strip.png")
+    train_tokenizer.score_and_draw(tokenizer, views, tmp_path / "strip.png")
     strip = torch.from_numpy(cv2.imread(str(tmp_path / "strip.png"))[..., ::-1].copy())
     assert strip.shape == (32, 48, 3) and torch.equal(strip[:16], torch.cat(list(views), 1))
 

@@ -64,7 +64,7 @@ def test_the_test_picture_is_the_manifests(golden):
 
 @GOLDEN
 def test_tokenizer_view_is_the_released_one(golden, parity):
-    view = augment.tokenizer_view(smooth_picture(0, 224, 224), 112)
+    view = augment.tokenizer_input(smooth_picture(0, 224, 224), 112)
     off = np.abs(view[0].astype(int) - golden["lanczos_uint8"]).max()
     parity("k pixels (grey levels)", off, 1)  # OpenCV 4 and 5 differ by one
     mapped = to_unit(torch.from_numpy(view)).numpy() * 0.8 + 0.1

@@ -131,7 +131,7 @@ def test_a_damaged_file_is_recognised(whole, tmp_path, file, damage):
     copies.mkdir()
     for name in FILES:
         (copies / name).symlink_to(folder / name)
-    assert checkpoint.holds(copies)
+    assert checkpoint.is_intact(copies)
     state = json.loads((folder / "state.json").read_text())
     for seed in range(40):
         (copies / file).unlink()
@@ -140,9 +140,9 @@ def test_a_damaged_file_is_recognised(whole, tmp_path, file, damage):
         if file == "state.json" and damage is flip_a_bit:
             text = (copies / file).read_bytes()
             same = text.isascii() and without_sum(text) == without_sum(json.dumps(state))
-            assert not checkpoint.holds(copies) or same, seed
+            assert not checkpoint.is_intact(copies) or same, seed
         else:
-            assert not checkpoint.holds(copies), seed
+            assert not checkpoint.is_intact(copies), seed
 
 
 def without_sum(text):
@@ -215,7 +215,7 @@ def full(tensors, path):
 checkpoint.save_tensors = full
 """
 OWN_PATH = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-DOOR = "import tiny_run; from bevt_lib.config import open_door; open_door(tiny_run.main)"
+DOOR = "import tiny_run; from bevt_lib.config import run_command; run_command(tiny_run.main)"
 
 
 @pytest.mark.slow
@@ -312,26 +312,30 @@ def test_two_runs_in_one_folder_are_kept_apart(whole, monkeypatch):
 def test_a_run_begun_before_a_field_existed_goes_on(tmp_path):
     mine = flatten(lesson_image())
     old = {k: v for k, v in mine.items() if k not in ("optim.ema", "data.jitter", "needs_init")}
-    run_folder.claim(tmp_path, old)
-    run_folder.claim(tmp_path, mine)
+    run_folder.check_config(tmp_path, old)
+    run_folder.check_config(tmp_path, mine)
     with pytest.raises(ValueError, match=r"\(optim\.ema: 0\.0 there, 0\.3 here\)"):
-        run_folder.claim(tmp_path, mine | {"optim.ema": 0.3})
+        run_folder.check_config(tmp_path, mine | {"optim.ema": 0.3})
     with pytest.raises(ValueError, match=r"optim\.lr: 0\.003 there, 1 here"):
-        run_folder.claim(tmp_path, mine | {"optim.lr": 1})
-    run_folder.claim(tmp_path, mine | {"run.precision": "bf16", "data.video_root": "elsewhere"})
-    run_folder.claim(tmp_path, mine | {"items.image": "3,072 (0123456789ab)"})
+        run_folder.check_config(tmp_path, mine | {"optim.lr": 1})
+    run_folder.check_config(
+        tmp_path, mine | {"run.precision": "bf16", "data.video_root": "elsewhere"}
+    )
+    run_folder.check_config(tmp_path, mine | {"items.image": "3,072 (0123456789ab)"})
 
 
 def test_when_one_looks_may_change_in_mid_run_but_not_the_items(tmp_path):
     lists = {"items.clip": "8 (0123456789ab)"}
     mine = flatten(lesson_how()) | lists
-    run_folder.claim(tmp_path, mine)
-    run_folder.claim(tmp_path, mine | {"val_epochs": 2.0, "views_at_once": 1, "test_clips": 1})
+    run_folder.check_config(tmp_path, mine)
+    run_folder.check_config(
+        tmp_path, mine | {"val_epochs": 2.0, "views_at_once": 1, "test_clips": 1}
+    )
     grown = mine | {"items.clip": "7 (ba9876543210)"}
     with pytest.raises(ValueError, match=r"items\.clip: 8 \(0123456789ab\) there, 7 .*lists and"):
-        run_folder.claim(tmp_path, grown)
+        run_folder.check_config(tmp_path, grown)
     with pytest.raises(ValueError, match=r"0\.1 here\): choose another --run\.folder"):
-        run_folder.claim(tmp_path, mine | {"smoothing": 0.1})
+        run_folder.check_config(tmp_path, mine | {"smoothing": 0.1})
 
 
 @pytest.mark.skipif(os.name == "nt", reason="has no such modes")

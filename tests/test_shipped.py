@@ -85,7 +85,9 @@ def test_the_first_steps_can_be_replayed(name, tmp_path):
 @pytest.fixture(scope="module")
 def views():
     items = pretrain.build_items(lesson_image(), "image", "test")
-    return torch.from_numpy(np.stack([items.sample(0, i)["view"][0] for i in range(512)]))
+    return torch.from_numpy(
+        np.stack([items.sample(0, i)["tokenizer_input"][0] for i in range(512)])
+    )
 
 
 def test_the_tokenizer_beats_kmeans_and_uses_its_words(views):
@@ -93,7 +95,9 @@ def test_the_tokenizer_beats_kmeans_and_uses_its_words(views):
 
     tokenizer = pretrain.build_tokenizer(lesson_image())
     train = pretrain.build_items(lesson_image(), "image", "train")
-    fit = torch.from_numpy(np.stack([train.sample(0, i)["view"][0] for i in range(0, 3072, 3)]))
+    fit = torch.from_numpy(
+        np.stack([train.sample(0, i)["tokenizer_input"][0] for i in range(0, 3072, 3)])
+    )
     kmeans = MiniBatchKMeans(tokenizer.vocab_size, n_init=3, random_state=0, batch_size=4096)
     kmeans.fit(baselines.cells_of(fit).numpy())
     codes = torch.from_numpy(kmeans.cluster_centers_).float()

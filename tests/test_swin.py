@@ -73,7 +73,7 @@ def test_the_clean_image_path_is_timms_2d_swin(side):
 @pytest.mark.parametrize("size", [(16, 112, 112), (9, 70, 90)])
 def test_the_released_classifier_path_is_torchvisions_swin3d(size):
     window = (8, 7, 7)
-    ours = Classifier(num_classes=5, window=window, **SMALL, released=True)
+    ours = Classifier(num_classes=5, window=window, **SMALL, released_quirks=True)
     randomise(ours)
     theirs = torchvision.models.video.swin_transformer.SwinTransformer3d(
         patch_size=[2, 4, 4], embed_dim=SMALL["embed_dim"], depths=list(SMALL["depths"]),
@@ -181,7 +181,7 @@ def test_sizes_the_method_allows_work(side):
 
 
 def test_the_released_image_path_refuses_sizes_that_do_not_fit_its_window():
-    model = BEVT(vocab_size=4, window=(8, 7, 7), released=True, **SMALL)
+    model = BEVT(vocab_size=4, window=(8, 7, 7), released_quirks=True, **SMALL)
     with pytest.raises(ValueError, match="224"):
         model.features("image", torch.randn(1, 3, 1, 128, 128))
 
@@ -189,7 +189,9 @@ def test_the_released_image_path_refuses_sizes_that_do_not_fit_its_window():
 def test_the_clean_and_the_released_image_path_differ_as_measured():
     """The released mask in every block changes the output; without it they would be equal."""
     clean = BEVT(vocab_size=4, window=(8, 7, 7), **SMALL, streams=("image",))
-    released = BEVT(vocab_size=4, window=(8, 7, 7), released=True, **SMALL, streams=("image",))
+    released = BEVT(
+        vocab_size=4, window=(8, 7, 7), released_quirks=True, **SMALL, streams=("image",)
+    )
     released.load_state_dict(clean.state_dict())
     pixels = torch.randn(1, 3, 1, 224, 224)
     with torch.no_grad():

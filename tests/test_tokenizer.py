@@ -87,7 +87,9 @@ def test_half_precision_changes_few_of_the_trained_ids():
     """21 of 18,432 on 512 held-out stills in float16, 236 in bfloat16 (two CPU cores)."""
     tokenizer = load_tokenizer(files.data_folder() / "weights" / "lesson_dvae.safetensors")
     items = pretrain.build_items(lesson_image(), "image", "test")
-    views = torch.from_numpy(np.stack([items.sample(0, i)["view"][0] for i in range(48)]))
+    views = torch.from_numpy(
+        np.stack([items.sample(0, i)["tokenizer_input"][0] for i in range(48)])
+    )
     exact = tokenizer.encode(views)
     with torch.autocast("cpu", torch.float16):
         changed = (tokenizer.encode(views) != exact).float().mean()
@@ -299,7 +301,7 @@ def test_naming_only_frames_with_a_hidden_place_changes_no_bit(parts, make):
 
     def part(mask, frames):
         size = len(mask), frames
-        fields = {"pixels": cells(rng, *size, 64, 64), "view": cells(rng, *size, 32, 32),
+        fields = {"pixels": cells(rng, *size, 64, 64), "tokenizer_input": cells(rng, *size, 32, 32),
                   "mask": mask}  # fmt: skip
         return {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in fields.items()}
 

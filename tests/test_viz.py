@@ -108,7 +108,7 @@ class Shades:
 
 @pytest.fixture(scope="module")
 def shaded():
-    """Views of 12 pictures, 12 x 12 px, their ids (12, 3, 3) of codes 2 to 5, and two kinds."""
+    """ClipSpec of 12 pictures, 12 x 12 px, their ids (12, 3, 3) of codes 2 to 5, and two kinds."""
     rng = np.random.default_rng(0)
     shades = rng.integers(2, 6, (12, 3, 3)) * 32 + 16
     views = shades.repeat(4, 1).repeat(4, 2)[..., None] + rng.integers(-9, 10, (12, 12, 12, 3))

@@ -17,7 +17,7 @@ import torchvision
 from golden_numbers import CASES, FOLDER, arrays, rule_weight
 
 from bevt_lib import finetune, pretrain
-from bevt_lib.base.config import Views
+from bevt_lib.base.config import ClipSpec
 from bevt_lib.convert_weights import convert
 from bevt_lib.model.bevt import BEVT
 from bevt_lib.model.classifier import Classifier
@@ -260,7 +260,9 @@ def test_official_to_ours_to_official_is_exact(tmp_path, prefix, tokenizer):
     assert isinstance(ours, BEVT)
     assert torch.equal(ours.mask_token, state["backbone.mask_token"].flatten())
     assert torch.equal(ours.decoder["video"].lift.weight, state["backbone.fpn_t.0.weight"])
-    assert ours.swin.stages[0].blocks[0].released  # trained with the quirks, loaded with them
+    assert (
+        ours.swin.stages[0].blocks[0].released_quirks
+    )  # trained with the quirks, loaded with them
 
 
 def test_an_official_checkpoint_starts_fine_tuning_as_it_is(tmp_path):
@@ -362,7 +364,7 @@ def test_a_classifier_takes_the_encoder_and_leaves_the_rest():
     report = start_classifier(model, joint.state_dict())
     assert sorted(report.fresh) == ["head.bias", "head.weight"]
     assert torch.equal(model.patch_embed.proj.weight, joint.patch_embed["video"].proj.weight)
-    finetune.see_change(model, 1.0)
+    finetune.init_antisymmetric(model, 1.0)
     kernel = model.patch_embed.proj.weight
     assert torch.equal(kernel[:, :, 1], -kernel[:, :, 0])
     still = torch.randn(1, 3, 1, 96, 96).expand(-1, -1, 8, -1, -1)
@@ -372,7 +374,7 @@ def test_a_classifier_takes_the_encoder_and_leaves_the_rest():
 
 
 def test_a_video_swin_checkpoint_becomes_a_classifier_and_goes_back(tmp_path):
-    model = Classifier(num_classes=5, window=(4, 3, 3), released=True, **SMALL).eval()
+    model = Classifier(num_classes=5, window=(4, 3, 3), released_quirks=True, **SMALL).eval()
     randomise(model)
     state, _ = export(model.state_dict(), "bevt")
     torch.save({"state_dict": state, "meta": {"CLASSES": ("a", "b")}}, tmp_path / "video_swin.pth")
@@ -489,9 +491,9 @@ def test_windows_are_told_from_tables():
 
 
 def test_a_model_folder_gives_the_same_model_back(tmp_path):
-    views = Views(frames=8, interval=2, size=64, short=(70, 80), clips=2)
+    views = ClipSpec(frames=8, interval=2, size=64, short=(70, 80), clips=2)
     model = Classifier(num_classes=3, window=(4, 3, 3), classes=["a", "b", "c"], views=views,
-                       released=True, **SMALL)  # fmt: skip
+                       released_quirks=True, **SMALL)  # fmt: skip
     randomise(model)
     model.save_pretrained(tmp_path / "model")
     again = load_model(tmp_path / "model")

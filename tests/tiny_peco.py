@@ -31,7 +31,7 @@ class Blots:
     def sample(self, epoch: int, index: int) -> dict:
         rng = numpy_generator(0, Purpose.CROP, Stream.IMAGE, index)
         blots = 60 * rng.integers(0, 4, (2, 2, 3)) + rng.integers(0, 20, (2, 2, 3))
-        return {"view": blots.astype(np.uint8).repeat(8, 0).repeat(8, 1)}
+        return {"tokenizer_input": blots.astype(np.uint8).repeat(8, 0).repeat(8, 1)}
 
 
 def alike(painted, pixels):
@@ -44,7 +44,7 @@ def train(folder: str, steps: int, *, micro: int = 0, stop_after: int = 0):
     with seeded_globals(0, Purpose.WEIGHTS):
         model = Peco(hidden=4, blocks=1, code_dim=4, factor=8, vocab_size=12, perceptual=alike)
     items = Positions(Blots(), seed=0, stream=Stream.IMAGE)
-    start = np.stack([Blots().sample(0, i)["view"] for i in range(6)])
+    start = np.stack([Blots().sample(0, i)["tokenizer_input"] for i in range(6)])
     model.start_codes(to_unit(torch.from_numpy(start)), torch_generator(0, Purpose.WEIGHTS))
     model.codes[:2] += 100.0  # dead from the start, to be revived
     model.uses[:2] = 0.0
@@ -52,7 +52,7 @@ def train(folder: str, steps: int, *, micro: int = 0, stop_after: int = 0):
         model, {"picture": Source(items, 12)}, Optim(lr=1e-2, images=12, steps=steps),
         Run(folder=folder, micro_batch=micro, stop_after=stop_after, save_every=4), steps=steps,
         prepare=lambda batch, step: {"picture": batch["picture"] | {
-            "pixels": to_unit(batch["picture"]["view"])}},
+            "pixels": to_unit(batch["picture"]["tokenizer_input"])}},
         after_step=lambda step: model.update_codes(torch_generator(0, Purpose.WEIGHTS, 1, step)),
         config={"steps": steps},
     )  # fmt: skip

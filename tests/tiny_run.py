@@ -146,7 +146,7 @@ def main(arguments: list[str] | None = None) -> None:
             model, history = train(folder, steps, model=one, **given)
             sums = torch.stack([p.detach().double().sum() for p in model.parameters()])
             same = torch.equal(
-                distributed.sum_over_processes(sums.clone()), sums * distributed.world_size()
+                distributed.all_reduce_sum(sums.clone()), sums * distributed.world_size()
             )
             assert same, "the processes end with different models"
             if distributed.rank() == 0:

@@ -18,9 +18,23 @@ class Model:
     num_heads: tuple[int, ...] = (4, 8, 16, 32)
     window: tuple[int, int, int] = (8, 7, 7)
     patch: tuple[int, int, int] = (2, 4, 4)
+    patch_norm: bool = True  # a norm after the patch embedding
     drop_path: float = 0.3
-    released: bool = False  # True: reproduce the released code's quirks (swin.window_plan)
+    released_quirks: bool = False  # True: reproduce the released code's quirks (swin.window_plan)
     linear_std: float = 0.02  # 0: 1 / sqrt(fan-in)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipSpec:
+    """How clips are cut from a video: which frames, which pixels, and in tests how many views."""
+
+    frames: int
+    interval: int  # frames between two read ones; without effect if sampling is uniform
+    size: int  # side of the square view, pixels
+    short: tuple[int, int]  # the short side the model was trained with, pixels: from, to
+    sampling: str = "dense"  # or "uniform": spread over the whole video
+    clips: int = 1  # views in time
+    crops: int = 1  # and in space
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +54,8 @@ class Data:
     class_list: str = ""  # labels.json of Something-Something, or class names in order
     checked: tuple[str, ...] = ()  # reports of check_data: what they call bad is left out
     bad_share: float = 0.01  # stop where more of the items seen had to be replaced
+    decoder: str = "auto"  # of videos: pyav, decord; auto: pyav, the faster in bench
+    embedded: bool = True  # embedded clips and pictures stand in where no list or root is given
     timeout: float = 60.0  # seconds after which reading a file is given up; 0: never
     workers: int = 1  # loader processes per stream and process
     expected_items: int = 0  # size of the first stream's data set, for the plan of a run
@@ -95,6 +111,7 @@ class Optim:
     stairs: bool = False  # True: the cosine moves per epoch, not per step
     clip_norm: float = 0.0  # L2 norm of all gradients; 0: no clipping
     rules: tuple[tuple[str, float, float], ...] = ()  # (name part, lr factor, decay factor)
+    loss_weights: tuple[float, float] = (1.0, 1.0)  # of the video and the image stream
     ema: float = 0.0  # share of the new weights taken into the average after each step; 0: none
 
     def __post_init__(self) -> None:
@@ -244,16 +261,3 @@ def flatten(recipe: Any, prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + f.name] = value
     return flat
-
-
-@dataclass(frozen=True, kw_only=True)
-class Views:
-    """How a model reads a video in use: which frames, which pixels, how many views."""
-
-    frames: int
-    interval: int  # frames between two read ones; without effect if sampling is uniform
-    size: int  # side of the square view, pixels
-    short: tuple[int, int]  # the short side the model was trained with, pixels: from, to
-    sampling: str = "dense"  # or "uniform": spread over the whole video
-    clips: int = 1  # views in time
-    crops: int = 1  # and in space

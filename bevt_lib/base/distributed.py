@@ -82,20 +82,20 @@ def torchrun(module: str, arguments: Sequence[str], processes: int) -> list[str]
     return [*launcher, f"--nproc-per-node={processes}", "-m", f"bevt_lib.{module}", *arguments]
 
 
-def sum_over_processes(values: Tensor) -> Tensor:
+def all_reduce_sum(values: Tensor) -> Tensor:
     """Add a tensor up over all processes, in place; the same tensor in a world of one."""
     if torch_dist.is_initialized():
         torch_dist.all_reduce(values)
     return values
 
 
-def wait_for_all() -> None:
+def barrier() -> None:
     """Wait until every process is here."""
     if torch_dist.is_initialized():
         torch_dist.barrier()
 
 
-def by_first(work: Callable[[], T]) -> T:
+def on_rank_zero(work: Callable[[], T]) -> T:
     """Let rank 0 do work; all processes get its result, or raise its ValueError or OSError."""
     found: list[Any] = [None, None]
     if rank() == 0:
@@ -110,11 +110,11 @@ def by_first(work: Callable[[], T]) -> T:
     return found[0]
 
 
-def first_alone(work: Callable[[], object], *, needed: bool = True) -> None:
+def once_per_node(work: Callable[[], object], *, needed: bool = True) -> None:
     """Let the first process of each node do work whose result all of them then find on disk."""
     if needed and int(os.environ.get("LOCAL_RANK", 0)) == 0:
         work()
-    wait_for_all()
+    barrier()
 
 
 def replicate(model: nn.Module) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Small values that cross floors: a term of a loss, and how a model wants clips to be read."""
+"""What the training loop asks of a model, and what a model gives it: one term per stream."""
 
 from dataclasses import dataclass
 

@@ -159,7 +159,7 @@ def erase_box(frames: np.ndarray, share: float, rng: np.random.Generator) -> np.
     return frames
 
 
-def tokenizer_view(frames: np.ndarray, size: int) -> np.ndarray:
+def tokenizer_input(frames: np.ndarray, size: int) -> np.ndarray:
     """Shrink a crop to the tokenizer's square view: OpenCV LANCZOS4, no antialiasing, as released.
 
     PIL's Lanczos gives other pixels, and so other ids.
@@ -170,13 +170,13 @@ def tokenizer_view(frames: np.ndarray, size: int) -> np.ndarray:
 def pretraining_views(
     frames: np.ndarray,
     size: int,
-    view_size: int,
+    input_size: int,
     short: tuple[int, int],
     rng: np.random.Generator,
     *,
     jitter: float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Make both views of one crop: pixels (T, size, size, 3), view (T, view_size, view_size, 3).
+    """Make both views of one crop: pixels (T, size, size, 3), view (T, input_size, input_size, 3).
 
     The short side is resized (bicubic) to a random integer in ``short``, both included; then
     colour jitter, random crop, a flip in every second clip. Source: released pretraining configs.
@@ -189,7 +189,7 @@ def pretraining_views(
     if rng.random() < 0.5:
         frames = flip(frames)
     pixels = np.ascontiguousarray(frames)
-    return pixels, tokenizer_view(pixels, view_size)
+    return pixels, tokenizer_input(pixels, input_size)
 
 
 def one_thread(worker: int) -> None:

@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 from bevt_lib.base.seeds import Purpose, Stream, numpy_generator, python_generator
 from bevt_lib.datasets import augment
 from bevt_lib.datasets.lists import PICTURES, Entries, Entry
-from bevt_lib.datasets.sampling import sample_frames, test_frames, uniform_frames
-from bevt_lib.datasets.video import BadFile, read_frames, read_image, within
+from bevt_lib.datasets.sampling import eval_frames, sample_frames, uniform_frames
+from bevt_lib.datasets.video import BadFile, read_frames, read_image, with_timeout
 
 REPLACEMENTS = 4  # items tried in place of one whose file is bad
 Sample = dict[str, Any]
@@ -36,9 +36,9 @@ class Items(Protocol):
 class PretrainClips:
     """Unlabelled clips: both views of one crop, and which tokens are hidden.
 
-    ``sample`` gives "pixels" uint8 (T, size, size, 3), "view" uint8 (T, view_size, view_size, 3)
-    and "mask" bool (D, h, w), True = hidden. Raises BadFile for a file that can't be read within
-    ``timeout`` seconds (0: any time).
+    ``sample`` gives "pixels" uint8 (T, size, size, 3), "tokenizer_input"
+    uint8 (T, input_size, input_size, 3) and "mask" bool (D, h, w), True = hidden. Raises
+    BadFile for a file that can't be read within ``timeout`` seconds (0: any time).
     """
 
     stream = Stream.VIDEO
@@ -51,7 +51,7 @@ class PretrainClips:
         interval: int,
         size: int,
         short: tuple[int, int],
-        view_size: int,
+        input_size: int,
         mask: MakeMask,
         seed: int,
         jitter: float = 0.0,
@@ -59,7 +59,7 @@ class PretrainClips:
     ):
         self.entries: Sequence[Entry] = Entries(entries)
         self.frames, self.interval = frames, interval
-        self.size, self.short, self.view_size = size, short, view_size
+        self.size, self.short, self.input_size = size, short, input_size
         self.mask, self.seed, self.jitter, self.timeout = mask, seed, jitter, timeout
 
     def __len__(self) -> int:
@@ -77,11 +77,11 @@ class PretrainClips:
     def sample(self, epoch: int, index: int) -> Sample:
         key = (self.stream, epoch, index)
         pixels, view = augment.pretraining_views(
-            self.read(epoch, index), self.size, self.view_size, self.short,
+            self.read(epoch, index), self.size, self.input_size, self.short,
             numpy_generator(self.seed, Purpose.CROP, *key), jitter=self.jitter,
         )  # fmt: skip
         mask = self.mask(python_generator(self.seed, Purpose.MASK, *key))
-        return {"pixels": pixels, "view": view, "mask": mask}
+        return {"pixels": pixels, "tokenizer_input": view, "mask": mask}
 
 
 class PretrainImages(PretrainClips):
@@ -94,11 +94,12 @@ class PretrainImages(PretrainClips):
 
     def read(self, epoch: int, index: int) -> np.ndarray:
         path = self.entries[index].path
-        return within(self.timeout, partial(read_image, path), path)
+        return with_timeout(self.timeout, partial(read_image, path), path)
 
 
 class Pictures:
-    """Pictures as a tokenizer in training sees them. ``sample`` gives "view" uint8 (v, v, 3).
+    """Pictures as a tokenizer in training sees them. ``sample`` gives
+    "tokenizer_input" uint8 (v, v, 3).
 
     An entry is a picture file, or a film with the frame's number as label; the view is made as in
     pretraining.
@@ -110,11 +111,11 @@ class Pictures:
         *,
         size: int,
         short: tuple[int, int],
-        view_size: int,
+        input_size: int,
         seed: int,
     ):
         self.entries: Sequence[Entry] = Entries(entries)
-        self.size, self.short, self.view_size, self.seed = size, short, view_size, seed
+        self.size, self.short, self.input_size, self.seed = size, short, input_size, seed
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -124,8 +125,8 @@ class Pictures:
         is_picture = path.suffix.lower() in PICTURES
         frames = read_image(path) if is_picture else read_frames(path, lambda n: [frame])
         rng = numpy_generator(self.seed, Purpose.CROP, Stream.IMAGE, epoch, index)
-        _, view = augment.pretraining_views(frames, self.size, self.view_size, self.short, rng)
-        return {"view": view[0]}
+        _, view = augment.pretraining_views(frames, self.size, self.input_size, self.short, rng)
+        return {"tokenizer_input": view[0]}
 
 
 class LabelledClips:
@@ -213,7 +214,7 @@ class LabelledClips:
         def choose(total: int) -> np.ndarray:
             if self.sampling == "uniform":
                 return uniform_frames(total, self.frames)
-            return test_frames(total, self.frames, self.interval, num_clips).reshape(-1)
+            return eval_frames(total, self.frames, self.interval, num_clips).reshape(-1)
 
         frames = read_frames(self.entries[index].path, choose, self.timeout)
         short = self.size if num_crops == 3 else round(sum(self.short) / 2)
@@ -244,10 +245,10 @@ class Positions(Dataset):
     def __len__(self) -> int:
         return len(self.items)
 
-    def told(self) -> str:
+    def fingerprint(self) -> str:
         """Tell what a resumed run must find again: how many items, and which."""
         entries = getattr(self.items, "entries", None)
-        return entries.told() if isinstance(entries, Entries) else f"{len(self):,}"
+        return entries.fingerprint() if isinstance(entries, Entries) else f"{len(self):,}"
 
     def index_at(self, position: int) -> tuple[int, int]:
         """Give (epoch, index) of a position."""

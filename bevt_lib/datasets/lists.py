@@ -46,7 +46,7 @@ class Entries(Sequence[Entry]):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def told(self) -> str:
+    def fingerprint(self) -> str:
         """Tell what an order depends on: how many entries, and a digest of names and labels.
 
         Names without their folders, which may move.

@@ -13,7 +13,7 @@ def sample_frames(total: int, length: int, interval: int, rng: np.random.Generat
     return (start + np.arange(length) * interval) % total
 
 
-def test_frames(total: int, length: int, interval: int, num_clips: int) -> np.ndarray:
+def eval_frames(total: int, length: int, interval: int, num_clips: int) -> np.ndarray:
     """Choose evenly spread test clips: int64 (num_clips, length), wrapping in a short video.
 
     Source: the released sampler in test mode, exactly.

@@ -17,7 +17,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps
 
-WHOLE = 0.8  # share of what the header promises; a file that holds less was cut short
+MIN_FRAME_SHARE = 0.8  # share of what the header promises; a file that holds less was cut short
 # Codecs of which every packet is one shown frame and a key frame can be decoded by itself. Of
 # others (GIF, VP8, whose packets may be hidden frames) all is decoded.
 ONE_BY_ONE = {"h264", "hevc", "vp9", "av1", "mpeg4"}
@@ -155,7 +155,7 @@ class Video:
         if not held:
             raise VideoError(f"{self.path}: holds no video frame; remove it from the list")
         share = held / self.promised if self.promised > 0 else self._seconds_share()
-        if share < WHOLE:
+        if share < MIN_FRAME_SHARE:
             raise self._damaged(f"only {share:.0%} of it is there", "truncated")
 
     def _seconds_share(self) -> float:
@@ -179,7 +179,7 @@ class Video:
         )
 
 
-def within(
+def with_timeout(
     seconds: float, work: Callable[[], Result], path: Path, late: type[BadFile] = BadFile
 ) -> Result:
     """Do ``work`` on a file in a thread that is given up after ``seconds`` (0: never).
@@ -226,7 +226,7 @@ def read_frames(
         video = Video(path)
         return video.frames(choose(len(video)))
 
-    return within(timeout, work, path, VideoError)
+    return with_timeout(timeout, work, path, VideoError)
 
 
 def _pixels(picture: av.VideoFrame, convert: VideoReformatter) -> np.ndarray:

@@ -5,16 +5,17 @@ configs for Swin-B.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bevt_lib.base.config import Views
+from bevt_lib.base.config import ClipSpec, Model
 from bevt_lib.base.trainable import Term
-from bevt_lib.model.hub import Saved
+from bevt_lib.model.hub import Saved, as_architecture
 from bevt_lib.model.masking import mask_in_time, mask_on_grid
-from bevt_lib.model.swin import PatchEmbed, Size3, Swin, initialise
+from bevt_lib.model.swin import PatchEmbed, Swin, initialise
 
 STREAMS = ("video", "image")
 IMAGE_FRAMES = 1
@@ -58,46 +59,38 @@ class BEVT(Saved):
 
     Shared: the stages, the mask token, the final norm and the token head. Per stream: the patch
     embedding and the decoder. ``vocab_size`` is the tokenizer's. ``streams`` names what is built:
-    an image-stream model has no video parts. ``linear_std``: see
-    :func:`bevt_lib.model.swin.initialise`.
-    ``views`` tells whoever uses the model how it wants clips. ``save_pretrained(folder)`` writes a
-    model folder, :func:`bevt_lib.weights.load.load_model` reads it.
+    an image-stream model has no video parts. Instead of the architecture its fields may be given,
+    drop path 0 by default. ``views`` tells whoever uses the model how it wants clips.
+    ``save_pretrained(folder)`` writes a model folder, :func:`bevt_lib.weights.load.load_model`
+    reads it.
     """
 
     def __init__(
         self,
+        architecture: Model | None = None,
         *,
         vocab_size: int = 8192,
-        embed_dim: int = 128,
-        depths: Sequence[int] = (2, 2, 18, 2),
-        num_heads: Sequence[int] = (4, 8, 16, 32),
-        window: Size3 = (8, 7, 7),
-        patch: Size3 = (2, 4, 4),
-        patch_norm: bool = True,
-        drop_path: float = 0.0,
-        released: bool = False,
-        linear_std: float = 0.02,
         streams: Sequence[str] = STREAMS,
-        views: Views | None = None,
+        views: ClipSpec | None = None,
+        **fields: Any,
     ):
-        super().__init__()
+        a = as_architecture(architecture, fields)
+        super().__init__(a, views, vocab_size=vocab_size, streams=list(streams))
         if not streams or not set(streams) <= set(STREAMS):
             raise ValueError(f"streams must be chosen from {STREAMS}, got {streams}")
-        self.views = views
-        self.frames_per_step = {"video": patch[0], "image": IMAGE_FRAMES}
-        self.swin = Swin(
-            embed_dim, depths, num_heads, window, drop_path=drop_path, released=released
-        )
+        self.frames_per_step = {"video": a.patch[0], "image": IMAGE_FRAMES}
+        self.swin = Swin(a)
         self.patch_embed = nn.ModuleDict()
         self.decoder = nn.ModuleDict()
         for stream in streams:
             frames = self.frames_per_step[stream]
-            self.patch_embed[stream] = PatchEmbed((frames, *patch[1:]), embed_dim, norm=patch_norm)
+            patch = (frames, *a.patch[1:])
+            self.patch_embed[stream] = PatchEmbed(patch, a.embed_dim, norm=a.patch_norm)
             self.decoder[stream] = Decoder(self.swin.dims[-1], frames)
-        self.mask_token = nn.Parameter(torch.zeros(embed_dim))
+        self.mask_token = nn.Parameter(torch.zeros(a.embed_dim))
         self.norm = nn.LayerNorm(self.swin.dims[-1])
         self.token_head = nn.Linear(self.swin.dims[-1], vocab_size)
-        initialise(self, linear_std)
+        initialise(self, a.linear_std)
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-2.0, b=2.0)
         self.noise_sizes = {stream: 2 * self.swin.num_blocks for stream in streams}
 

@@ -4,21 +4,23 @@ Source: BEVT section 3.3; the released configs for Kinetics-400 and Something-So
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bevt_lib.base.config import Views
+from bevt_lib.base.config import ClipSpec, Model
 from bevt_lib.base.trainable import Term
 from bevt_lib.model.bevt import _whole
-from bevt_lib.model.hub import Saved
-from bevt_lib.model.swin import PatchEmbed, Size3, Swin, initialise
+from bevt_lib.model.hub import Saved, as_architecture
+from bevt_lib.model.swin import PatchEmbed, Swin, initialise
 
 
 class Classifier(Saved):
     """Video Swin with average pooling and one linear layer, fine-tuned to recognise actions.
 
-    Takes clips of any size. ``smoothing`` is label smoothing (released: 0.1 on SSv2: the true class
+    Takes clips of any size. Instead of the architecture its fields may be given, drop path 0 by
+    default. ``smoothing`` is label smoothing (released: 0.1 on SSv2: the true class
     gets 0.9 + 0.1 / classes); ``dropout`` acts before the head (released: 0.5) and, like stochastic
     depth, only where the caller gives noise. ``classes`` are their names, ``views`` how clips are
     read, for :mod:`bevt_lib.predict`; ``save_pretrained(folder)`` writes a model folder.
@@ -26,38 +28,32 @@ class Classifier(Saved):
 
     def __init__(
         self,
+        architecture: Model | None = None,
         *,
         num_classes: int,
-        embed_dim: int = 128,
-        depths: Sequence[int] = (2, 2, 18, 2),
-        num_heads: Sequence[int] = (4, 8, 16, 32),
-        window: Size3 = (8, 7, 7),
-        patch: Size3 = (2, 4, 4),
-        patch_norm: bool = True,
-        drop_path: float = 0.0,
         dropout: float = 0.0,
         smoothing: float = 0.0,
-        released: bool = False,
-        linear_std: float = 0.02,
         classes: Sequence[str] = (),
-        views: Views | None = None,
+        views: ClipSpec | None = None,
+        **fields: Any,
     ):
-        super().__init__()
+        a = as_architecture(architecture, fields)
+        super().__init__(
+            a, views, num_classes=num_classes, dropout=dropout, smoothing=smoothing,
+            classes=list(classes),
+        )  # fmt: skip
         if num_classes < 2:
             raise ValueError(f"a classifier needs at least two classes, got {num_classes}")
         if classes and len(classes) != num_classes:
             raise ValueError(f"{len(classes)} names for {num_classes} classes")
         self.classes = tuple(classes) or tuple(str(c) for c in range(num_classes))
-        self.views = views
-        self.patch_embed = PatchEmbed(patch, embed_dim, norm=patch_norm)
-        self.swin = Swin(
-            embed_dim, depths, num_heads, window, drop_path=drop_path, released=released
-        )
+        self.patch_embed = PatchEmbed(a.patch, a.embed_dim, norm=a.patch_norm)
+        self.swin = Swin(a)
         dim = self.swin.dims[-1]
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, num_classes)
         self.dropout, self.smoothing = dropout, smoothing
-        initialise(self, linear_std)
+        initialise(self, a.linear_std)
         nn.init.normal_(self.head.weight, std=0.01)
         self.noise_sizes = {"clip": 2 * self.swin.num_blocks + (dim if dropout else 0)}
 

@@ -6,7 +6,7 @@ Transformer as released with BEVT (Swin-B: 128 channels, depths 2-2-18-2, window
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from bevt_lib.base.config import Model
 
 Size3 = tuple[int, int, int]
 MASKED_LOGIT = -100.0  # added to logits across shift regions; the released value, not -inf
@@ -32,12 +34,13 @@ class WindowPlan(NamedTuple):
 
 @lru_cache(maxsize=256)
 def window_plan(
-    size: Size3, window: Size3, shifted: bool, released: bool, device: torch.device
+    size: Size3, window: Size3, shifted: bool, released_quirks: bool, device: torch.device
 ) -> WindowPlan:
     """Plan the windows of one block: effective window, shift, padding, bias index, mask.
 
-    ``released=False`` is the clean path: standard Swin masking, true geometry in small windows.
-    ``released=True`` reproduces three quirks of the released code, all here:
+    ``released_quirks=False`` is the clean path: standard Swin masking, true geometry in small
+    windows.
+    ``released_quirks=True`` reproduces three quirks of the released code, all here:
 
     - a window smaller than the full one takes the top-left corner of the full bias index, which
       scrambles the bias where height or width shrank;
@@ -45,14 +48,16 @@ def window_plan(
       neither padded nor adapted, so a size that does not fit raises ValueError;
     - on a one-frame map the shift mask is applied in *every* block, shifted or not.
     """
-    if released and size[0] == 1:
+    if released_quirks and size[0] == 1:
         return _released_image_plan(size, window, shifted, device)
     effective = _three(min(s, w) for s, w in zip(size, window, strict=True))
     shift = _three(w // 2 if shifted and s > w else 0 for s, w in zip(size, window, strict=True))
     padded = _three(math.ceil(s / w) * w for s, w in zip(size, effective, strict=True))
     tokens = math.prod(effective)
     index = (
-        bias_index(window, window)[:tokens, :tokens] if released else bias_index(effective, window)
+        bias_index(window, window)[:tokens, :tokens]
+        if released_quirks
+        else bias_index(effective, window)
     )
     mask = shift_mask(padded, effective, shift).to(device) if any(shift) else None
     return WindowPlan(effective, shift, padded, index.to(device), mask)
@@ -70,7 +75,8 @@ def _released_image_plan(
     if size[1] % side or size[2] % side:
         raise ValueError(
             f"the released image path needs maps that are multiples of the window {side}, got "
-            f"{size[1]}x{size[2]}: use images of 32 x {side} = {32 * side} px, or released=False"
+            f"{size[1]}x{size[2]}: use images of 32 x {side} = {32 * side} px, or "
+            "released_quirks=False"
         )
     square = (1, side, side)
     region_shift = (0, side // 2, side // 2)
@@ -177,10 +183,10 @@ class Block(nn.Module):
         *,
         shifted: bool,
         drop_path: float,
-        released: bool,
+        released_quirks: bool,
     ):
         super().__init__()
-        self.window, self.shifted, self.released = _three(window), shifted, released
+        self.window, self.shifted, self.released_quirks = _three(window), shifted, released_quirks
         self.drop_path = drop_path
         self.norm1 = nn.LayerNorm(dim)
         self.attn = WindowAttention(dim, num_heads, window)
@@ -196,7 +202,7 @@ class Block(nn.Module):
     def attend(self, x: Tensor) -> Tensor:
         """Pad, shift, cut, attend, join, shift back, crop. Padding is attended to, as released."""
         size = (x.shape[1], x.shape[2], x.shape[3])
-        plan = window_plan(size, self.window, self.shifted, self.released, x.device)
+        plan = window_plan(size, self.window, self.shifted, self.released_quirks, x.device)
         d, h, w = (p - s for p, s in zip(plan.padded, size, strict=True))
         if d or h or w:
             x = F.pad(x, (0, 0, 0, w, 0, h, 0, d))
@@ -263,11 +269,18 @@ class Stage(nn.Module):
         drop_paths: list[float],
         *,
         merge: bool,
-        released: bool,
+        released_quirks: bool,
     ):
         super().__init__()
         self.blocks = nn.ModuleList(
-            Block(dim, num_heads, window, shifted=i % 2 == 1, drop_path=rate, released=released)
+            Block(
+                dim,
+                num_heads,
+                window,
+                shifted=i % 2 == 1,
+                drop_path=rate,
+                released_quirks=released_quirks,
+            )
             for i, rate in enumerate(drop_paths)
         )
         self.downsample = PatchMerging(dim) if merge else None
@@ -278,7 +291,7 @@ class Swin(nn.Module):
 
     Takes embedded patches (B, D, H, W, C) and returns the output of each stage before merging,
     with C, 2C, 4C, 8C channels at H, H/2, H/4, H/8. ``drop_path`` rises linearly from 0 to its
-    value over all blocks. ``released=True`` reproduces the released code's quirks, see
+    value over all blocks. ``released_quirks`` reproduces the released code's, see
     :func:`window_plan`. Raises ValueError where a width is no multiple of its number of heads.
 
     With the attribute ``checkpoint_activations`` a block keeps only its input for the backward
@@ -288,30 +301,26 @@ class Swin(nn.Module):
 
     checkpoint_activations = False
 
-    def __init__(
-        self,
-        embed_dim: int = 128,
-        depths: Sequence[int] = (2, 2, 18, 2),
-        num_heads: Sequence[int] = (4, 8, 16, 32),
-        window: Size3 = (8, 7, 7),
-        *,
-        drop_path: float = 0.0,
-        released: bool = False,
-    ):
+    def __init__(self, architecture: Model):
         super().__init__()
+        depths, num_heads = architecture.depths, architecture.num_heads
         if len(depths) != 4 or len(num_heads) != 4:
             raise ValueError(f"Swin has four stages: got depths {depths}, num_heads {num_heads}")
-        self.dims = [embed_dim * 2**i for i in range(4)]
+        self.dims = [architecture.embed_dim * 2**i for i in range(4)]
         for dim, heads in zip(self.dims, num_heads, strict=True):
             if dim % heads:
                 raise ValueError(f"a width of {dim} can't be split into {heads} heads")
         last = max(1, sum(depths) - 1)
-        rates = [drop_path * i / last for i in range(sum(depths))]
+        rates = [architecture.drop_path * i / last for i in range(sum(depths))]
         self.num_blocks = sum(depths)
         self.stages = nn.ModuleList()
         for i, (dim, heads) in enumerate(zip(self.dims, num_heads, strict=True)):
             mine = rates[sum(depths[:i]) : sum(depths[: i + 1])]
-            self.stages.append(Stage(dim, heads, window, mine, merge=i < 3, released=released))
+            stage = Stage(
+                dim, heads, architecture.window, mine, merge=i < 3,
+                released_quirks=architecture.released_quirks,
+            )  # fmt: skip
+            self.stages.append(stage)
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> list[Tensor]:
         """Run all stages; ``noise`` is uniform (B, 2 * num_blocks) for stochastic depth, or None.

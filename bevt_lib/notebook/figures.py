@@ -148,7 +148,7 @@ def prediction_rows(
     ids = model.predict(stream, part["pixels"], part["mask"])
     hidden = mask_in_time(part["mask"], model.frames_per_step[stream])
     painted = tokenizer.decode(ids[0]).numpy()
-    view = sample["view"]
+    view = sample["tokenizer_input"]
     mask = enlarge(hidden[0].numpy(), view.shape[1])[..., None]
     rows = {
         "original": sample["pixels"],

@@ -35,8 +35,9 @@ def add_tokens(
 ) -> dict[str, dict[str, Tensor]]:
     """Name the frames in the tokenizer's words and normalise the pixels; no gradient.
 
-    Takes {stream: {"pixels": uint8 (B, T, H, W, 3), "view": uint8 (B, T, v, v, 3), "mask": bool
-    (B, D, h, w), ...}} and adds "ids" int64 (B, T, h, w); "pixels" become normalised floats
+    Takes {stream: {"pixels": uint8 (B, T, H, W, 3), "tokenizer_input": uint8
+    (B, T, v, v, 3), "mask": bool (B, D, h, w), ...}} and adds "ids" int64 (B, T, h, w);
+    "pixels" become normalised floats
     (B, 3, T, H, W). The frames of all streams go through the tokenizer together, each on its own,
     as released. ``hidden_only`` names only frames that hold a hidden place, all that the loss
     asks for; the others' ids are -1. ``fp16`` names in half precision on CUDA: some ids change.
@@ -44,8 +45,8 @@ def add_tokens(
     named = {}
     for stream, part in batch.items():
         hidden = part["mask"].flatten(2).any(dim=2) | (not hidden_only)  # (B, D)
-        named[stream] = mask_in_time(hidden, part["view"].shape[1] // hidden.shape[1])
-    views = torch.cat([part["view"][named[stream]] for stream, part in batch.items()])
+        named[stream] = mask_in_time(hidden, part["tokenizer_input"].shape[1] // hidden.shape[1])
+    views = torch.cat([part["tokenizer_input"][named[stream]] for stream, part in batch.items()])
     with torch.autocast("cuda", torch.float16, enabled=fp16 and views.is_cuda):
         found = tokenizer.encode(views)
     counts = [int(frames.sum()) for frames in named.values()]

@@ -220,7 +220,7 @@ class Peco(nn.Module):
         self._named.clear()
         found = torch.zeros(len(self.codes), 1 + cells.shape[1], device=cells.device)
         found.index_add_(0, ids, nn.functional.pad(cells, (1, 0), value=1.0))
-        uses, sums = distributed.sum_over_processes(found).split((1, cells.shape[1]), dim=1)
+        uses, sums = distributed.all_reduce_sum(found).split((1, cells.shape[1]), dim=1)
         kept, taken = DECAY * self.uses[:, None], (1 - DECAY) * uses
         weighted = kept * self.codes + (1 - DECAY) * sums
         self.codes.copy_(weighted / (kept + taken).clamp(min=1e-12))
@@ -232,7 +232,7 @@ class Peco(nn.Module):
         dead, mine = dead[: len(drawn)], drawn.to(cells.device) - distributed.rank() * len(cells)
         here = (mine >= 0) & (mine < len(cells))  # a process holds one slice of the global batch
         fresh = torch.where(here[:, None], cells[mine.clamp(0, len(cells) - 1)], 0.0)
-        self.codes[dead] = distributed.sum_over_processes(fresh)
+        self.codes[dead] = distributed.all_reduce_sum(fresh)
         self.uses[dead] = self.uses.mean()
         share = (uses / uses.sum()).double()
         entropy = -(share * share.clamp(min=1e-12).log()).sum()

@@ -95,7 +95,7 @@ def write(folder: Path, contents: Mapping[str, State], state: Mapping[str, Any])
     shutil.rmtree(old, ignore_errors=True)
 
 
-def holds(folder: Path) -> bool:
+def is_intact(folder: Path) -> bool:
     """Tell whether a folder is still as :func:`write` left it."""
     try:
         state = json.loads((folder / "state.json").read_text())
@@ -107,7 +107,7 @@ def holds(folder: Path) -> bool:
         return False
 
 
-def tidy(run: Path) -> None:
+def remove_partial(run: Path) -> None:
     """Remove what a killed process left half written or half removed; no run may be at work."""
     for place in (run, run / "checkpoints"):
         for left in [*place.glob(".part_*"), *place.glob(".old_*")]:
@@ -121,7 +121,7 @@ def latest(run: Path) -> Path | None:
     """
     folders = sorted((run / "checkpoints").glob("step_*"), reverse=True)
     for folder in folders:
-        if holds(folder):
+        if is_intact(folder):
             return folder
         print(f"{folder.name} is damaged (its sums don't hold): passed by", file=sys.stderr)
     if folders:

@@ -31,7 +31,7 @@ from bevt_lib.training.run_folder import Entry
 from bevt_lib.training.step import Batch, Source, Trainable, Update
 
 TIMINGS = ("items_per_s", "data_wait")  # in the record, but not part of the result
-FEW = 10  # replaced items that stop no run, whatever their share
+ALWAYS_TOLERATED = 10  # replaced items that stop no run, whatever their share
 
 
 @dataclass(frozen=True)
@@ -151,16 +151,16 @@ def fit(
         if history and due(start) and not any(k.startswith("val/") for k in history[-1]):
             history[-1] |= score(start)  # the run ended between a checkpoint and its validation
         metrics = run_folder.Metrics(folder, history)
-        distributed.by_first(metrics.open)
+        distributed.on_rank_zero(metrics.open)
         stack.callback(metrics.close)
         asked = stack.enter_context(run_folder.asked_to_stop())
         title = f"steps {start} to {stop} in {split}; {update.precision}"
         show = stack.enter_context(run_folder.progress(title, start, stop))
         for step, micros, waited in _batches(sources, split, start, stop):
             began = time.perf_counter()
-            also = {"asked": float(asked())} | _replacements(micros)
+            extra = {"asked": float(asked())} | _replacements(micros)
             rate = learning_rate(optim, step, items)
-            entry = {"step": step, "lr": rate, **update.step(micros, step, rate, also)}
+            entry = {"step": step, "lr": rate, **update.step(micros, step, rate, extra)}
             entry |= after_step(step)
             if average:
                 update_average(average, model, optim.ema)
@@ -171,7 +171,9 @@ def fit(
             replaced.update({s: entry.get(f"{s}/replaced", 0) for s in sources})
             _stand_replacements(replaced, sources, done, bad_share)
             if folder and (done == stop or stopping or due(done) or done % run.save_every == 0):
-                distributed.by_first(partial(_save, folder, metrics, update, average, done, entry))
+                distributed.on_rank_zero(
+                    partial(_save, folder, metrics, update, average, done, entry)
+                )
             if due(done) and not stopping:
                 entry |= score(done)
             metrics.write(entry)
@@ -179,7 +181,7 @@ def fit(
             if stopping:
                 break
         model.load_state_dict(model.state_dict() | average)
-        distributed.by_first(metrics.settle)
+        distributed.on_rank_zero(metrics.flush)
     return metrics.history
 
 
@@ -195,13 +197,15 @@ def _resume(
         return 0, []
 
     def enter() -> tuple[Path | None, list[Entry]]:
-        lists = {run_folder.ITEMS + s: source.items.told() for s, source in update.sources.items()}
-        run_folder.claim(folder, config | lists)
-        stack.enter_context(run_folder.alone_in(folder))
-        checkpoint.tidy(folder)
+        lists = {
+            run_folder.ITEMS + s: source.items.fingerprint() for s, source in update.sources.items()
+        }
+        run_folder.check_config(folder, config | lists)
+        stack.enter_context(run_folder.lock_folder(folder))
+        checkpoint.remove_partial(folder)
         return checkpoint.latest(folder), run_folder.read_metrics(folder)
 
-    found, history = distributed.by_first(enter)
+    found, history = distributed.on_rank_zero(enter)
     if found is None:
         return 0, []
     state = checkpoint.load(found, update.model, update.optimizer, average)
@@ -223,7 +227,7 @@ def _save(
     entry: Entry,
 ) -> None:
     """Save after ``done`` steps, the lines before the last one's ``entry`` first."""
-    metrics.settle()
+    metrics.flush()
     checkpoint.save(folder, done, update.model, update.optimizer, average, update.run.keep,
                     scaler=update.scaler.state_dict(), entry=entry)  # fmt: skip
 
@@ -244,18 +248,18 @@ def _validated(
     with torch.no_grad():
         mine = validate(done)
     model.train()
-    scores = {f"val/{k}": float(v) for k, v in distributed.by_first(lambda: mine).items()}
+    scores = {f"val/{k}": float(v) for k, v in distributed.on_rank_zero(lambda: mine).items()}
 
     def keep() -> None:
         assert folder is not None
         name = f"val/{best_by}"
         best = max((e.get(name, -math.inf) for e in history), default=-math.inf)
-        if scores[name] > best or not checkpoint.holds(folder / "best"):
+        if scores[name] > best or not checkpoint.is_intact(folder / "best"):
             told = {"step": done, best_by: scores[name]}
             checkpoint.write(folder / "best", {"model": model.state_dict()}, told)
 
     if folder and best_by:
-        distributed.by_first(keep)
+        distributed.on_rank_zero(keep)
     model.load_state_dict(model.state_dict() | weights)
     return scores
 
@@ -274,7 +278,7 @@ def _stand_replacements(
 ) -> None:
     for stream, source in sources.items():
         bad, seen = replaced[stream], done * source.batch
-        if bad >= FEW and bad > bad_share * seen:
+        if bad >= ALWAYS_TOLERATED and bad > bad_share * seen:
             raise ValueError(
                 f"{bad:.0f} of the {seen} items of the {stream} stream had bad files, more than "
                 f"{bad_share:.2%}: look at them with python -m bevt_lib.check_data, or allow more "

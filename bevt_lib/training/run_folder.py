@@ -30,15 +30,17 @@ PATIENCE = 60.0  # seconds that a new run waits for an old one to leave the fold
 ITEMS = "items."  # and a stream's name: what config.json holds of its list
 LINE_EVERY = 30.0  # seconds between two lines where there is no terminal
 # Fields that change nothing in training: where things lie, what is tolerated, when one looks.
-FREE = {
+MAY_DIFFER = {
     "data.video_list", "data.video_root", "data.image_root", "data.image_list", "data.val_list",
     "data.class_list", "data.checked", "data.bad_share", "data.timeout", "data.workers",
-    "data.expected_items", "tokens.weights", "perceptual_weights", "default_init",
+    "data.expected_items", "data.decoder", "data.embedded", "tokens.weights", "perceptual_weights",
+    "default_init",
     "val_epochs", "views_at_once", "test_clips", "test_crops", "watch_every",
 }  # fmt: skip
+RENAMED = {"model.released": "model.released_quirks"}  # fields of older runs
 
 
-def claim(folder: Path, recipe: Mapping[str, Any]) -> None:
+def check_config(folder: Path, recipe: Mapping[str, Any]) -> None:
     """Make the run's folder, or make sure that the run in it is of this recipe.
 
     ``recipe`` holds {"section.field": value}. A field that the run there was begun without counts
@@ -53,7 +55,8 @@ def claim(folder: Path, recipe: Mapping[str, Any]) -> None:
             part = folder / ".config.part"
             part.write_text(json.dumps(mine, indent=1))
             os.replace(part, written)
-        there = {k: default_of(k, v) for k, v in mine.items()} | json.loads(written.read_text())
+        found = {RENAMED.get(k, k): v for k, v in json.loads(written.read_text()).items()}
+        there = {k: default_of(k, v) for k, v in mine.items()} | found
     except OSError as error:
         raise ValueError(
             f"can't write to the run folder {folder} ({error.strerror}): choose another with "
@@ -72,7 +75,7 @@ def claim(folder: Path, recipe: Mapping[str, Any]) -> None:
 
 def matters(key: str) -> bool:
     """Tell whether a field changes what is computed: paths, workers and the run's own don't."""
-    return key == "run.seed" or not (key.startswith("run.") or key in FREE)
+    return key == "run.seed" or not (key.startswith("run.") or key in MAY_DIFFER)
 
 
 def default_of(key: str, otherwise: Any) -> Any:
@@ -86,7 +89,7 @@ def default_of(key: str, otherwise: Any) -> Any:
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Keep other runs out of a folder, by a lock on its config.json that dies with the process.
 
     Raises ValueError where another run is still there after PATIENCE. Without locks (Windows, some
@@ -127,7 +130,7 @@ class Metrics:
 
     def __init__(self, folder: Path | None, history: list[Entry]):
         self.folder, self.history = folder, history
-        self.trouble: OSError | None = None  # met in writing; told by :meth:`settle`
+        self.trouble: OSError | None = None  # met in writing; told by :meth:`flush`
         self.file: int | None = None
 
     def open(self) -> None:
@@ -151,7 +154,7 @@ class Metrics:
         except OSError as error:
             self.trouble = error
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Make the lines durable. Raises ValueError where one could not be written."""
         if self.trouble:
             raise ValueError(

@@ -25,7 +25,7 @@ Batch = dict[str, dict[str, Any]]
 Trainable = Any  # an nn.Module with forward(batch, noise), counts(batch) and noise_sizes
 NOISE_STREAM = {"video": Stream.VIDEO, "image": Stream.IMAGE}
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-NAMED = 8  # items of a stream that an error names
+MAX_NAMED = 8  # items of a stream that an error names
 
 
 @dataclass(frozen=True)
@@ -113,13 +113,13 @@ class Update:
         )  # fmt: skip
 
     def step(
-        self, micros: list[Batch], step: int, rate: float, also: Mapping[str, float]
+        self, micros: list[Batch], step: int, rate: float, extra_sums: Mapping[str, float]
     ) -> dict[str, float]:
         """Make one optimiser step from its micro-batches; return its losses and gradient norm.
 
-        ``also``: numbers of this process to be added up with the losses. A step whose gradient
-        overflows in fp16 is left out ("skipped" is 1, no "grad_norm"). Raises ValueError before the
-        update, on all processes, where the loss or the gradient isn't finite.
+        ``extra_sums``: numbers of this process to be added up with the losses. A step whose
+        gradient overflows in fp16 is left out ("skipped" is 1, no "grad_norm"). Raises
+        ValueError before the update, on all processes, where the loss or the gradient isn't finite.
         """
         device = distributed.device()
         for group in self.optimizer.param_groups:
@@ -129,9 +129,11 @@ class Update:
         streams = list(prepared[0])
         counted = [self.model.counts(batch) for batch in prepared]
         counts = torch.tensor(counted, dtype=torch.float64, device=device).sum(0)
-        totals = distributed.sum_over_processes(counts).clamp(min=1).tolist()
+        totals = distributed.all_reduce_sum(counts).clamp(min=1).tolist()
         kind = AUTOCAST.get(self.precision)
-        sums = {k: torch.tensor(v, dtype=torch.float64, device=device) for k, v in also.items()}
+        sums = {
+            k: torch.tensor(v, dtype=torch.float64, device=device) for k, v in extra_sums.items()
+        }
         losses: list[Tensor] = []  # (streams,) for each micro-batch
         self.optimizer.zero_grad(set_to_none=True)
         for number, batch in enumerate(prepared):
@@ -148,7 +150,7 @@ class Update:
                 for key, value in logs.items():
                     name = f"{stream}/{key}"
                     sums[name] = sums.get(name, 0.0) + value.double() / n
-        values = distributed.sum_over_processes(torch.stack(list(sums.values()))).tolist()
+        values = distributed.all_reduce_sum(torch.stack(list(sums.values()))).tolist()
         entry = dict(zip(sums, values, strict=True))
         loss = sum(entry[f"{s}/loss"] for s in streams)
         if not math.isfinite(loss):
@@ -200,10 +202,10 @@ class Update:
             for part, of in parts:
                 if of == stream:
                     marks[part["position"] - first] = 1
-            distributed.sum_over_processes(marks)
+            distributed.all_reduce_sum(marks)
             positions = (marks.nonzero().flatten() + first).tolist()
-            named += [self._name(stream, position) for position in positions[:NAMED]]
-            named += [f"{len(positions) - NAMED} more"] if len(positions) > NAMED else []
+            named += [self._name(stream, position) for position in positions[:MAX_NAMED]]
+            named += [f"{len(positions) - MAX_NAMED} more"] if len(positions) > MAX_NAMED else []
         return ValueError(
             f"{what} at step {step}, before its update; items {', '.join(named)}: look at them, "
             "try a lower --optim.lr or --run.precision fp32; the same command continues from the "

@@ -86,7 +86,7 @@ class Recognised:
     tokens: int = 0  # of a window, where an index buffer tells
 
 
-def theirs(name: str, names: Names, parts: Names = TABLE) -> str:
+def translate_name(name: str, names: Names, parts: Names = TABLE) -> str:
     """Translate one of our names. Raises ValueError where the format has no such tensor."""
     for mine, other in names:
         if name.startswith(mine):
@@ -99,7 +99,7 @@ def theirs(name: str, names: Names, parts: Names = TABLE) -> str:
 
 def released_name(name: str) -> str:
     """Translate a parameter name of BEVT or Classifier to the released recogniser's."""
-    return theirs(name, BEVT)
+    return translate_name(name, BEVT)
 
 
 def released_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -165,7 +165,7 @@ def _rename(format: str, flat: Mapping[str, Tensor], *, strict: bool) -> Recogni
         elif name.startswith(TOKENIZER):
             found.tokenizer[name.removeprefix(TOKENIZER)] = value
         elif any(name.startswith(begin) for begin, _ in back):
-            mine = theirs(name, back, parts)
+            mine = translate_name(name, back, parts)
             if mine in IMAGE_KERNELS and value.dim() == 4:
                 value = value.unsqueeze(2)
             found.state[mine] = value.flatten() if mine == "mask_token" else value
@@ -209,7 +209,7 @@ def export(
         if flat and name.endswith("bias_table"):
             value = middle_slice(value, window)
             shape = tuple(value.shape)
-        other = theirs(name, NAMES[format], PARTS[format])
+        other = translate_name(name, NAMES[format], PARTS[format])
         result[other] = value.reshape(shape)
         if name.endswith("bias_table") and format != "timm":  # timm keeps no index in its files
             own = (1, *window[1:]) if flat else window

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bevt_lib.base.config import Views
+from bevt_lib.base.config import ClipSpec
 from bevt_lib.base.files import read_pickle, write_tensors
 from bevt_lib.model.bevt import BEVT
 from bevt_lib.model.classifier import Classifier
@@ -271,7 +271,7 @@ def load_model(folder: str | Path) -> BEVT | Classifier:
     try:
         config = json.loads((folder / "config.json").read_text())
         if config.get("views"):
-            config["views"] = Views(**config["views"])
+            config["views"] = ClipSpec(**config["views"])
         model = Classifier(**config) if "num_classes" in config else BEVT(**config)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder / 'config.json'} describes no model: {error}") from None

@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from bevt_lib.model.swin import PatchEmbed, Size3, Swin, initialise
+from bevt_lib.model.hub import as_architecture
+from bevt_lib.model.swin import PatchEmbed, Swin, initialise
 
-BASE: dict[str, Any] = {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)}
+# Fields of the architecture that aren't Swin-B's.
 LESSON: dict[str, Any] = {"embed_dim": 24, "depths": (1, 1, 3, 1), "num_heads": (1, 2, 4, 8),
                           "window": (4, 3, 3)}  # fmt: skip
 SIDES = {"bevt_swin_base": 224, "bevt_swin_base_window16": 224, "bevt_swin_base_image": 224,
@@ -39,7 +40,8 @@ class Encoder(nn.Module):
     """Video Swin in timm's manner, parameters named as in ``model.classifier``.
 
     Reads normalised clips (B, 3, T, H, W), or pictures (B, 3, H, W) if ``image``, of any size.
-    In training mode stochastic depth draws from torch's global generator.
+    ``fields`` are those of the architecture that aren't Swin-B's. In training mode
+    stochastic depth draws from torch's global generator.
     """
 
     def __init__(
@@ -49,21 +51,16 @@ class Encoder(nn.Module):
         drop_path_rate: float = 0.0,
         in_chans: int = 3,
         *,
-        embed_dim: int,
-        depths: tuple[int, ...],
-        num_heads: tuple[int, ...],
-        window: Size3 = (8, 7, 7),
         image: bool = False,
-        released: bool = False,
+        **fields: Any,
     ):
         super().__init__()
         if in_chans != 3:
             raise ValueError(f"the encoders read RGB, 3 channels, not {in_chans}")
+        a = as_architecture(None, {"drop_path": drop_path_rate, **fields})
         self.image, self.drop_rate, self.drop_path_rate = image, drop_rate, drop_path_rate
-        self.patch_embed = PatchEmbed((1, 4, 4) if image else (2, 4, 4), embed_dim)
-        self.swin = Swin(
-            embed_dim, depths, num_heads, window, drop_path=drop_path_rate, released=released
-        )
+        self.patch_embed = PatchEmbed((1, *a.patch[1:]) if image else a.patch, a.embed_dim)
+        self.swin = Swin(a)
         self.num_features = self.head_hidden_size = self.swin.dims[-1]
         self.norm = nn.LayerNorm(self.num_features)
         self.feature_info = [
@@ -133,20 +130,19 @@ def _create(name: str, pretrained: bool, **settings: Any) -> Encoder:
 @register_model
 def bevt_swin_base(pretrained: bool = False, **settings: Any) -> Encoder:
     """Swin-B for clips, window (8, 7, 7): BEVT's pretraining and Kinetics-400."""
-    return _create("bevt_swin_base", pretrained, **BASE | settings)
+    return _create("bevt_swin_base", pretrained, **settings)
 
 
 @register_model
 def bevt_swin_base_window16(pretrained: bool = False, **settings: Any) -> Encoder:
     """Swin-B for clips, window (16, 7, 7): BEVT on Something-Something-V2."""
-    settings = BASE | {"window": (16, 7, 7)} | settings
-    return _create("bevt_swin_base_window16", pretrained, **settings)
+    return _create("bevt_swin_base_window16", pretrained, **{"window": (16, 7, 7)} | settings)
 
 
 @register_model
 def bevt_swin_base_image(pretrained: bool = False, **settings: Any) -> Encoder:
     """Swin-B for pictures, with the bias tables of window (8, 7, 7): BEVT's image stream."""
-    return _create("bevt_swin_base_image", pretrained, **BASE | {"image": True} | settings)
+    return _create("bevt_swin_base_image", pretrained, **{"image": True} | settings)
 
 
 @register_model
