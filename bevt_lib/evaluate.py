@@ -19,13 +19,14 @@ from pathlib import Path
 import torch
 
 from bevt_lib.base import distributed
-from bevt_lib.base.config import Finetune
+from bevt_lib.base.config import Finetune, run_folder
 from bevt_lib.cli import choose, run_command
 from bevt_lib.datasets import synthetic
-from bevt_lib.finetune import CLASSES, build_model, run_folder, score
+from bevt_lib.datasets.synthetic import CLASSES
+from bevt_lib.parts import build_classifier
 from bevt_lib.presets import FINETUNE
 from bevt_lib.scoring import cost
-from bevt_lib.scoring.classes import ClassScore
+from bevt_lib.scoring.classes import ClassScore, score_split
 from bevt_lib.training import checkpoint, loop
 from bevt_lib.weights.load import load_strict, read_weights
 
@@ -82,13 +83,13 @@ def evaluate(recipe: Evaluate) -> tuple[ClassScore, Path]:
         torch.set_num_threads(recipe.run.threads)
     loop.be_deterministic(recipe.run.deterministic)
     source = weights_of(Path(recipe.run.init))
-    model = build_model(recipe).to(distributed.device())
+    model = build_classifier(recipe).to(distributed.device())
     load_strict(model, read_weights(source), str(source))
     distributed.once_per_node(synthetic.render, needed=not recipe.data.val_list)
     file = Path(run_folder(recipe)) / f"scores_{recipe.split}.jsonl"
     if distributed.rank() == 0:
         print(f"model: {source}")
-    result = score(recipe, model, recipe.split, recipe.run.test_clips, file)
+    result = score_split(recipe, model, recipe.split, recipe.run.test_clips, file)
     if result.unread and distributed.rank() == 0:
         print(*result.unread[:LISTED], sep="\n", file=sys.stderr)
     if result.unread and not recipe.allow_missing:
@@ -112,7 +113,7 @@ def weights_of(path: Path) -> Path:
 def plan(recipe: Evaluate) -> str:
     """Describe an evaluation before its first video; nothing is read."""
     with torch.device("meta"):
-        model = build_model(recipe)
+        model = build_classifier(recipe)
     views = recipe.test_clips * recipe.test_crops
     return cost.write({
         "preset": recipe.name,

@@ -17,10 +17,11 @@ from bevt_lib.base.config import ClipSpec
 from bevt_lib.cli import run_command
 from bevt_lib.datasets.items import LabelledClips, PretrainClips
 from bevt_lib.datasets.lists import Entry
-from bevt_lib.model.bevt import BEVT
+from bevt_lib.datasets.sources import hide_tubes
+from bevt_lib.model.bevt import BEVT, STRIDE
 from bevt_lib.model.classifier import Classifier
 from bevt_lib.model.masking import mask_budget, mask_in_time
-from bevt_lib.pretrain import STRIDE, hide_tubes, shipped_tokenizer
+from bevt_lib.parts import shipped_tokenizer
 from bevt_lib.scoring.classes import score_views
 from bevt_lib.tokenizers.base import Tokenizer, add_tokens
 from bevt_lib.tokenizers.load import load_tokenizer

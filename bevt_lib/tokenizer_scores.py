@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from bevt_lib import pretrain
 from bevt_lib.base import distributed
 from bevt_lib.base.files import data_folder
 from bevt_lib.cli import run_command
+from bevt_lib.datasets import sources
 from bevt_lib.presets import lesson_image
 from bevt_lib.tokenizers.base import psnr, usage
 from bevt_lib.tokenizers.baselines import cells_of, mean_colours, name_cells, nearest_code
@@ -118,7 +118,7 @@ def read_what(
 
 def stills(split: str) -> tuple[Tensor, np.ndarray]:
     """Give the embedded stills of a split: views uint8 (N, 48, 48, 3), and *what* they show."""
-    items = pretrain.build_items(lesson_image(), "image", split)
+    items = sources.pretraining_items(lesson_image(), "image", split)
     views = np.stack([items.sample(0, i)["tokenizer_input"][0] for i in range(len(items))])
     return torch.from_numpy(views), np.array([entry.label for entry in items.entries])
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bevt_lib.base import distributed, files
-from bevt_lib.base.config import TrainPeco, TrainTokenizer, flatten
+from bevt_lib.base.config import TrainPeco, TrainTokenizer, flatten, run_folder
 from bevt_lib.base.seeds import Purpose, Stream, seeded_globals, torch_generator
 from bevt_lib.cli import choose, run_command
 from bevt_lib.datasets import synthetic
@@ -55,11 +55,6 @@ def main(arguments: list[str]) -> None:
             save(model.tokenizer(), path)
             last = history[-1]
             print(f"step {last['step'] + 1}: loss {last['loss']:.3f}; tokenizer in {path}")
-
-
-def run_folder(recipe: Recipe) -> str:
-    """Give the run's folder: ``run.folder`` or runs/<preset>."""
-    return recipe.run.folder or f"runs/{recipe.name}"
 
 
 def save(tokenizer: FrozenTokenizer, path: Path, dtype: torch.dtype = torch.float32) -> None:

@@ -17,7 +17,7 @@ import tiny_run
 from safetensors.torch import load_file
 
 from bevt_lib.base.config import flatten
-from bevt_lib.finetune import build_model
+from bevt_lib.parts import build_classifier
 from bevt_lib.presets import lesson_how, lesson_image
 from bevt_lib.training import checkpoint, run_folder
 from bevt_lib.training.loop import TIMINGS
@@ -344,7 +344,7 @@ def test_colleagues_may_read_what_a_run_leaves(tmp_path):
     before = os.umask(0o027)
     try:
         run(tmp_path, stop_after=3)
-        build_model(lesson_how()).save_pretrained(tmp_path / "model")
+        build_classifier(lesson_how()).save_pretrained(tmp_path / "model")
     finally:
         os.umask(before)
     files = [f for f in tmp_path.rglob("*") if f.is_file()]

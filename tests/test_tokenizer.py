@@ -15,6 +15,7 @@ import torch
 from bevt_lib import pretrain
 from bevt_lib.base import files
 from bevt_lib.cli import override
+from bevt_lib.datasets import sources
 from bevt_lib.model.bevt import BEVT
 from bevt_lib.model.masking import block_mask, tube_mask
 from bevt_lib.presets import lesson_image
@@ -86,7 +87,7 @@ def test_half_precision_is_the_packages_own(parts, pictures, monkeypatch):
 def test_half_precision_changes_few_of_the_trained_ids():
     """21 of 18,432 on 512 held-out stills in float16, 236 in bfloat16 (two CPU cores)."""
     tokenizer = load_tokenizer(files.data_folder() / "weights" / "lesson_dvae.safetensors")
-    items = pretrain.build_items(lesson_image(), "image", "test")
+    items = sources.pretraining_items(lesson_image(), "image", "test")
     views = torch.from_numpy(
         np.stack([items.sample(0, i)["tokenizer_input"][0] for i in range(48)])
     )

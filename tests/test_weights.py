@@ -16,9 +16,10 @@ import torch
 import torchvision
 from golden_numbers import CASES, FOLDER, arrays, rule_weight
 
-from bevt_lib import finetune, pretrain
+from bevt_lib import parts, pretrain
 from bevt_lib.base.config import ClipSpec
 from bevt_lib.convert_weights import convert
+from bevt_lib.model import classifier
 from bevt_lib.model.bevt import BEVT
 from bevt_lib.model.classifier import Classifier
 from bevt_lib.presets import FINETUNE, lesson_image, lesson_joint
@@ -183,9 +184,9 @@ def test_full_size_state_dicts_have_the_released_names_and_shapes(file, parity):
     name = PRESETS[file.removeprefix("j_state_dict_").removesuffix(".json")]
     with torch.device("meta"):
         if name == "paper_joint":
-            model = pretrain.build_model(pretrain.PRETRAIN[name]())
+            model = parts.build_bevt(pretrain.PRETRAIN[name]())
         else:
-            model = finetune.build_model(FINETUNE[name]())
+            model = parts.build_classifier(FINETUNE[name]())
     tokenizer = {}
     if name == "paper_joint":
         encoder, _ = build(256, 2, 8192)
@@ -199,8 +200,8 @@ def test_full_size_state_dicts_have_the_released_names_and_shapes(file, parity):
 
 
 def test_weights_that_do_not_fit_name_their_keys(tmp_path):
-    image = pretrain.build_model(lesson_image())
-    joint = pretrain.build_model(lesson_joint())
+    image = parts.build_bevt(lesson_image())
+    joint = parts.build_bevt(lesson_joint())
     with pytest.raises(ValueError, match=r"a file: .*missing .*decoder\.video"):
         load_strict(joint, image.state_dict(), "a file")
     state = image.state_dict()
@@ -213,7 +214,7 @@ def test_weights_that_do_not_fit_name_their_keys(tmp_path):
 
 
 def test_weights_survive_a_file(tmp_path):
-    model = pretrain.build_model(lesson_image())
+    model = parts.build_bevt(lesson_image())
     save_weights(model.state_dict(), tmp_path / "w.safetensors")
     again = read_weights(tmp_path / "w.safetensors")
     assert all(torch.equal(v, again[k]) for k, v in model.state_dict().items())
@@ -344,8 +345,8 @@ def test_timms_2d_swin_gives_the_same_features_here(window, side, tmp_path):
 
 
 def test_inflation_keeps_what_a_still_clip_gives():
-    image = pretrain.build_model(lesson_image())
-    joint = pretrain.build_model(lesson_joint())
+    image = parts.build_bevt(lesson_image())
+    joint = parts.build_bevt(lesson_joint())
     fresh = joint.token_head.weight.clone()
     report = start_pretraining(joint, image.state_dict())
     assert torch.equal(joint.token_head.weight, fresh)
@@ -358,13 +359,13 @@ def test_inflation_keeps_what_a_still_clip_gives():
 
 
 def test_a_classifier_takes_the_encoder_and_leaves_the_rest():
-    joint = pretrain.build_model(lesson_joint())
+    joint = parts.build_bevt(lesson_joint())
     recipe = FINETUNE["lesson_how"]()
-    model = finetune.build_model(recipe)
+    model = parts.build_classifier(recipe)
     report = start_classifier(model, joint.state_dict())
     assert sorted(report.fresh) == ["head.bias", "head.weight"]
     assert torch.equal(model.patch_embed.proj.weight, joint.patch_embed["video"].proj.weight)
-    finetune.init_antisymmetric(model, 1.0)
+    classifier.init_antisymmetric(model, 1.0)
     kernel = model.patch_embed.proj.weight
     assert torch.equal(kernel[:, :, 1], -kernel[:, :, 0])
     still = torch.randn(1, 3, 1, 96, 96).expand(-1, -1, 8, -1, -1)

@@ -6,6 +6,7 @@ Source: BEVT section 3.3; the released configs for Kinetics-400 and Something-So
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -85,3 +86,16 @@ class Classifier(Saved):
         )
         correct = (logits.argmax(dim=-1) == part["label"]).sum()
         return {"clip": Term(loss, len(logits), {"accuracy": correct})}
+
+
+@torch.no_grad()
+def init_antisymmetric(model: Classifier, share: float) -> None:
+    """Start a share of the 3D patch filters as (+w, -w) in time: later frames minus the first.
+
+    The released inflation gives all frames of a patch the same weights, so the embedding can't
+    tell their order. These filters can, and are blind to what stands still, which otherwise drowns
+    motion at first. Only a start: they are trained like the others. Our option.
+    """
+    kernel = model.patch_embed.proj.weight  # (C, 3, frames, 4, 4)
+    half, filters = kernel.shape[2] // 2, round(share * len(kernel))
+    kernel[:filters, :, half : 2 * half] = -kernel[:filters, :, :half]
