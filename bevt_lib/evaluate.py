@@ -79,9 +79,7 @@ def evaluate(recipe: Evaluate) -> tuple[ClassScore, Path]:
     if recipe.split != "test" and recipe.data.val_list:
         raise ValueError(f"--split {recipe.split} is one of the embedded clips: drop it, or the "
                          "--data.val-list")  # fmt: skip
-    if recipe.run.threads:
-        torch.set_num_threads(recipe.run.threads)
-    loop.be_deterministic(recipe.run.deterministic)
+    loop.set_up(recipe.run)
     source = weights_of(Path(recipe.run.init))
     model = build_classifier(recipe).to(distributed.device())
     load_strict(model, read_weights(source), str(source))

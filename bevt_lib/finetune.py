@@ -10,14 +10,15 @@ after --run.stop-after only if --run.test-clips says on how many clips, after SI
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from bevt_lib.base import distributed
 from bevt_lib.base.config import Finetune, flatten, run_folder
 from bevt_lib.base.seeds import Stream
+from bevt_lib.base.trainable import Batch
 from bevt_lib.cli import choose, run_command
 from bevt_lib.datasets import synthetic
 from bevt_lib.datasets.items import Positions
@@ -29,8 +30,8 @@ from bevt_lib.presets import FINETUNE
 from bevt_lib.scoring import cost
 from bevt_lib.scoring.classes import ClassScore, score_classes, score_split
 from bevt_lib.training import loop
-from bevt_lib.training.loop import Batch, Source
 from bevt_lib.training.optim import total_steps
+from bevt_lib.training.task import Source, Task
 from bevt_lib.weights.formats import released_name
 from bevt_lib.weights.load import load_strict, read_weights
 
@@ -84,14 +85,13 @@ def train(recipe: Finetune) -> tuple[Classifier, list[dict[str, float]]]:
 
     With ``optim.ema`` the model holds the weight average, as the released evaluation does.
     """
-    return train_of(recipe)[:2]
+    model, history, _ = train_of(recipe)
+    return model, history
 
 
 def train_of(recipe: Finetune) -> tuple[Classifier, list[dict[str, float]], int]:
     """Do :func:`train`, and also give the steps of the whole run."""
-    if recipe.run.threads:
-        torch.set_num_threads(recipe.run.threads)
-    loop.be_deterministic(recipe.run.deterministic)
+    loop.set_up(recipe.run)
     distributed.once_per_node(synthetic.render, needed=not recipe.data.video_list)
     model = build_classifier(recipe)
     report = initialise_classifier(recipe, model)
@@ -99,19 +99,16 @@ def train_of(recipe: Finetune) -> tuple[Classifier, list[dict[str, float]], int]
         print(report)
     items = Positions(labelled_items(recipe), seed=recipe.run.seed, stream=Stream.VIDEO,
                       workers=recipe.data.workers)  # fmt: skip
-    steps = total_steps(recipe.optim, len(items))
-    validated: dict[str, Any] = {}
-    if recipe.val_epochs:
-        every = round(recipe.val_epochs * len(items) / recipe.optim.clips)
-        validated = {"validate": validation(recipe, model), "validate_every": max(1, every),
-                     "best_by": "top1"}  # fmt: skip
-    history = loop.fit(
-        model, {"clip": Source(items, recipe.optim.clips)}, recipe.optim,
-        loop.in_folder(recipe.run, run_folder(recipe)),
-        steps=steps, prepare=prepare, config=flatten(recipe), rename=released_name,
-        bad_share=recipe.data.bad_share, **validated,
+    every = round(recipe.val_epochs * len(items) / recipe.optim.clips)
+    task = Task(
+        model=model, sources={"clip": Source(items, recipe.optim.clips)}, rename=released_name,
+        steps=total_steps(recipe.optim, len(items)), prepare=prepare, config=flatten(recipe),
+        validate=validation(recipe, model) if recipe.val_epochs else None,
+        validate_every=max(1, every), best_by="top1" if recipe.val_epochs else "",
+        bad_share=recipe.data.bad_share,
     )  # fmt: skip
-    return model, history, steps
+    run = replace(recipe.run, folder=run_folder(recipe))
+    return model, loop.fit(task, recipe.optim, run), task.steps
 
 
 def validation(recipe: Finetune, model: Classifier) -> Callable[[int], dict[str, float]]:

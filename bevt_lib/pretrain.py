@@ -1,5 +1,6 @@
 """Pretrain: ``python -m bevt_lib.pretrain PRESET --overrides``, also under torchrun."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,8 +22,8 @@ from bevt_lib.tokenizers.base import add_tokens
 from bevt_lib.tokenizers.dalle import DalleTokenizer, build
 from bevt_lib.tokenizers.load import FrozenTokenizer, load_tokenizer
 from bevt_lib.training import loop
-from bevt_lib.training.loop import Source
 from bevt_lib.training.optim import total_steps
+from bevt_lib.training.task import Source, Task
 from bevt_lib.weights.formats import released_name
 
 
@@ -54,9 +55,7 @@ def global_batches(recipe: Pretrain) -> dict[str, int]:
 
 def train(recipe: Pretrain) -> tuple[BEVT, list[dict[str, float]]]:
     """Run a pretraining recipe; return the model and the record, one dict per step."""
-    if recipe.run.threads:
-        torch.set_num_threads(recipe.run.threads)
-    loop.be_deterministic(recipe.run.deterministic)
+    loop.set_up(recipe.run)
     tokenizer = build_tokenizer(recipe)
     recipe = sized_for(recipe, tokenizer)
     model = build_bevt(recipe)
@@ -64,26 +63,22 @@ def train(recipe: Pretrain) -> tuple[BEVT, list[dict[str, float]]]:
     if distributed.rank() == 0:
         print(report)
     distributed.once_per_node(synthetic.render, needed=not recipe.data.image_root)
-    sources = {
-        stream: Source(
-            Positions(
-                pretraining_items(recipe, stream), seed=recipe.run.seed,
-                stream=Stream[stream.upper()], workers=recipe.data.workers,
-            ),
-            batch,
-        )
-        for stream, batch in global_batches(recipe).items()
-    }  # fmt: skip
-    first = sources[recipe.streams[0]].items
-    history = loop.fit(
-        model, sources, recipe.optim, loop.in_folder(recipe.run, run_folder(recipe)),
-        steps=total_steps(recipe.optim, len(first)),
+
+    def source(stream: str, batch: int) -> Source:
+        items = Positions(pretraining_items(recipe, stream), seed=recipe.run.seed,
+                          stream=Stream[stream.upper()], workers=recipe.data.workers)  # fmt: skip
+        return Source(items, batch)
+
+    sources = {stream: source(stream, batch) for stream, batch in global_batches(recipe).items()}
+    task = Task(
+        model=model, sources=sources, rename=released_name, bad_share=recipe.data.bad_share,
+        steps=total_steps(recipe.optim, len(sources[recipe.streams[0]].items)),
         prepare=lambda batch, step: add_tokens(
             batch, tokenizer, hidden_only=True, fp16=recipe.tokens.fp16),
         config=flatten(recipe) | {"tokens.sha256": naming_digest(tokenizer)},
-        rename=released_name, bad_share=recipe.data.bad_share,
     )  # fmt: skip
-    return model, history
+    run = replace(recipe.run, folder=run_folder(recipe))
+    return model, loop.fit(task, recipe.optim, run)
 
 
 def score(recipe: Pretrain, model: BEVT, stream: str, count: int = 512) -> TokenScore:

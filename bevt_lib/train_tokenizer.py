@@ -5,6 +5,7 @@ RUN/strips/step_00000500.png   held-out pictures, below them what they become
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -15,6 +16,7 @@ from torch import Tensor
 from bevt_lib.base import distributed, files
 from bevt_lib.base.config import TrainPeco, TrainTokenizer, flatten, run_folder
 from bevt_lib.base.seeds import Purpose, Stream, seeded_globals, torch_generator
+from bevt_lib.base.trainable import Batch
 from bevt_lib.cli import choose, run_command
 from bevt_lib.datasets import synthetic
 from bevt_lib.datasets.items import Pictures, Positions
@@ -29,8 +31,8 @@ from bevt_lib.tokenizers.load import FrozenTokenizer
 from bevt_lib.tokenizers.peco import Peco, PecoTokenizer, save_peco
 from bevt_lib.tokenizers.perceptual import PerceptualDistance
 from bevt_lib.training import loop
-from bevt_lib.training.loop import Batch, Source
 from bevt_lib.training.optim import cycle_of, total_steps
+from bevt_lib.training.task import Source, Task
 
 STRIDE = 16  # pixels of a picture per id: BEVT's grid
 FILM_STEP = 8  # every eighth film frame is a training picture
@@ -152,9 +154,7 @@ def score_and_draw(tokenizer: FrozenTokenizer, views: Tensor, strip: Path) -> di
 
 def train(recipe: Recipe) -> tuple[DVAE | Peco, list[dict[str, float]]]:
     """Run a tokenizer recipe; return the model and the record, one dict per step."""
-    if recipe.run.threads:
-        torch.set_num_threads(recipe.run.threads)
-    loop.be_deterministic(recipe.run.deterministic)
+    loop.set_up(recipe.run)
     distributed.once_per_node(synthetic.render, needed=not recipe.data.image_root)
     d, seed, folder = recipe.data, recipe.run.seed, Path(run_folder(recipe))
     entries, held = split_entries(recipe)
@@ -179,14 +179,13 @@ def train(recipe: Recipe) -> tuple[DVAE | Peco, list[dict[str, float]]]:
     def validate(done: int) -> dict[str, float]:
         return score_and_draw(model.tokenizer(), views, folder / "strips" / f"step_{done:08d}.png")
 
-    history = loop.fit(
-        model, {"picture": Source(items, recipe.optim.images)}, recipe.optim,
-        loop.in_folder(recipe.run, str(folder)), steps=steps,
-        prepare=lambda batch, step: prepare_batch(recipe, batch, step),
-        after_step=after_step, config=flatten(recipe), bad_share=d.bad_share,
-        validate=validate, validate_every=recipe.watch_every,
+    task = Task(
+        model=model, sources={"picture": Source(items, recipe.optim.images)}, steps=steps,
+        prepare=lambda batch, step: prepare_batch(recipe, batch, step), after_step=after_step,
+        config=flatten(recipe), bad_share=d.bad_share, validate=validate,
+        validate_every=recipe.watch_every,
     )  # fmt: skip
-    return model, history
+    return model, loop.fit(task, recipe.optim, replace(recipe.run, folder=str(folder)))
 
 
 def start_words(recipe: Recipe, model: DVAE | Peco, pictures: Pictures) -> None:

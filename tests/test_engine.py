@@ -15,7 +15,7 @@ import torch
 from golden_numbers import CASES, FOLDER
 from safetensors.torch import load_file
 
-from bevt_lib import finetune, pretrain
+from bevt_lib import finetune, parts
 from bevt_lib.base.config import Optim
 from bevt_lib.presets import FINETUNE, paper_joint
 from bevt_lib.scoring import classes
@@ -303,7 +303,7 @@ def test_parameter_groups_are_the_released_ones(path, parity):
     optim = recipe.optim
     assert optim.lr == golden["base_lr"] and optim.weight_decay == golden["base_weight_decay"]
     with torch.device("meta"):
-        model = (pretrain if name == "pretrain" else finetune).build_model(recipe)
+        model = (parts.build_bevt if name == "pretrain" else parts.build_classifier)(recipe)
     mine = {
         released_name(parameter): (group["factor"], group["weight_decay"])
         for group in parameter_groups(model, optim, released_name)

@@ -19,12 +19,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from bevt_lib.base.trainable import Trainable
 
 T = TypeVar("T")
 
@@ -117,7 +119,7 @@ def once_per_node(work: Callable[[], object], *, needed: bool = True) -> None:
     barrier()
 
 
-def replicate(model: nn.Module) -> nn.Module:
+def replicate(model: Trainable) -> Trainable:
     """Wrap a model so that gradients are averaged over processes; as it is in a world of one.
 
     A model with the attribute ``leaves_out`` may leave parameters out of a step.
@@ -126,10 +128,12 @@ def replicate(model: nn.Module) -> nn.Module:
         return model
     ids = [device().index] if device().type == "cuda" else None
     unused = getattr(model, "leaves_out", False)
-    return DistributedDataParallel(model, device_ids=ids, find_unused_parameters=unused)
+    module = cast(nn.Module, model)
+    return cast(Trainable, DistributedDataParallel(
+        module, device_ids=ids, find_unused_parameters=unused))  # fmt: skip
 
 
-def gradients_stay_local(model: nn.Module, local: bool) -> AbstractContextManager:
+def gradients_stay_local(model: Trainable, local: bool) -> AbstractContextManager[None]:
     """Skip the exchange of gradients where ``local``: all but the last micro-batch of a step."""
     if local and isinstance(model, DistributedDataParallel):
         return model.no_sync()

@@ -175,6 +175,8 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """One Swin block: windowed attention, then the MLP, each residual with stochastic depth."""
 
+    compiles_alone = True  # with --run.compile: the step, as a whole, would take far longer
+
     def __init__(
         self,
         dim: int,

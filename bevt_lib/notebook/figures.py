@@ -11,6 +11,7 @@ import torch
 from IPython.display import Image
 from matplotlib.figure import Figure
 
+from bevt_lib.base.trainable import collate
 from bevt_lib.model.bevt import BEVT
 from bevt_lib.model.masking import mask_in_time
 from bevt_lib.tokenizers.base import Tokenizer, add_tokens
@@ -143,8 +144,7 @@ def prediction_rows(
     The last two are shown at the tokenizer's resolution.
     """
     model.eval()
-    batch = {k: torch.from_numpy(np.asarray(v))[None] for k, v in sample.items()}
-    part = add_tokens({stream: batch}, tokenizer)[stream]
+    part = add_tokens({stream: collate([sample])}, tokenizer)[stream]
     ids = model.predict(stream, part["pixels"], part["mask"])
     hidden = mask_in_time(part["mask"], model.frames_per_step[stream])
     painted = tokenizer.decode(ids[0]).numpy()

@@ -1,12 +1,13 @@
 """What every frozen tokenizer shares, and naming the frames of a batch by it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from bevt_lib.base.trainable import Batch, Part
 from bevt_lib.model.masking import mask_in_time
 from bevt_lib.model.normalisation import normalise
 
@@ -27,12 +28,12 @@ class Tokenizer(Protocol):
 
 
 def add_tokens(
-    batch: Mapping[str, Mapping[str, Tensor]],
+    batch: Batch,
     tokenizer: Tokenizer,
     *,
     hidden_only: bool = False,
     fp16: bool = False,
-) -> dict[str, dict[str, Tensor]]:
+) -> dict[str, Part]:
     """Name the frames in the tokenizer's words and normalise the pixels; no gradient.
 
     Takes {stream: {"pixels": uint8 (B, T, H, W, 3), "tokenizer_input": uint8
@@ -50,7 +51,7 @@ def add_tokens(
     with torch.autocast("cuda", torch.float16, enabled=fp16 and views.is_cuda):
         found = tokenizer.encode(views)
     counts = [int(frames.sum()) for frames in named.values()]
-    result = {}
+    result: dict[str, Part] = {}
     for (stream, part), ids in zip(batch.items(), found.split(counts), strict=True):
         grid = ids.new_full((*named[stream].shape, *ids.shape[1:]), -1)
         grid[named[stream]] = ids

@@ -7,7 +7,6 @@ are ours; ``presets.paper_dvae`` has the paper's.
 
 import copy
 import math
-from collections.abc import Mapping
 
 import torch
 from dall_e import map_pixels, unmap_pixels
@@ -15,7 +14,7 @@ from dall_e.decoder import DecoderBlock
 from dall_e.encoder import EncoderBlock
 from torch import Tensor, nn
 
-from bevt_lib.base.trainable import Term
+from bevt_lib.base.trainable import Batch, Noise, Term
 from bevt_lib.tokenizers.dalle import FACTOR, DalleTokenizer, build, expected_pixels
 
 SUBPIXELS_PER_CELL = FACTOR * FACTOR * 3
@@ -76,13 +75,11 @@ class DVAE(nn.Module):
         """Copy the frozen tokenizer out of the model in training."""
         return DalleTokenizer(copy.deepcopy(self.encoder), copy.deepcopy(self.decoder))
 
-    def counts(self, batch: Mapping[str, Mapping[str, Tensor]]) -> list[int]:
+    def counts(self, batch: Batch) -> list[int]:
         """Count the pictures."""
         return [len(batch["picture"]["pixels"])]
 
-    def forward(
-        self, batch: Mapping[str, Mapping[str, Tensor]], noise: Mapping[str, Tensor]
-    ) -> dict[str, Term]:
+    def forward(self, batch: Batch, noise: Noise) -> dict[str, Term]:
         """Give the loss for {"picture": {"pixels", "temperature", "noise_scale", "decoder_only",
         "kl_weight", "balance_weight"}}.
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bevt_lib.base import distributed
 from bevt_lib.base.files import write_tensors
-from bevt_lib.base.trainable import Term
+from bevt_lib.base.trainable import Batch, Noise, Term
 from bevt_lib.tokenizers.base import CHUNK, to_unit, without_record
 
 DECAY = 0.99  # of the codes' moving averages, per step; VQ-VAE, appendix A.1
@@ -179,13 +179,11 @@ class Peco(nn.Module):
         maps = self.encoder(x).float()
         return maps, rearrange(maps, "b d h w -> (b h w) d")
 
-    def counts(self, batch: Mapping[str, Mapping[str, Tensor]]) -> list[int]:
+    def counts(self, batch: Batch) -> list[int]:
         """Count the pictures."""
         return [len(batch["picture"]["pixels"])]
 
-    def forward(
-        self, batch: Mapping[str, Mapping[str, Tensor]], noise: Mapping[str, Tensor]
-    ) -> dict[str, Term]:
+    def forward(self, batch: Batch, noise: Noise) -> dict[str, Term]:
         """Give the loss for {"picture": {"pixels"}}, float (B, 3, h, w) in 0..1; no noise.
 
         Squared error of pixels in -1..1, plus the perceptual distance, plus the commitment of the

@@ -24,10 +24,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from bevt_lib.base.files import save_tensors, sha256
+from bevt_lib.base.trainable import Trainable
 
 State = dict[str, Tensor]
 
@@ -35,7 +36,7 @@ State = dict[str, Tensor]
 def save(
     run: Path,
     step: int,
-    model: nn.Module,
+    model: Trainable,
     optimizer: Optimizer,
     average: State,
     keep: int,
@@ -132,7 +133,7 @@ def latest(run: Path) -> Path | None:
     return None
 
 
-def load(folder: Path, model: nn.Module, optimizer: Optimizer, average: State) -> dict[str, Any]:
+def load(folder: Path, model: Trainable, optimizer: Optimizer, average: State) -> dict[str, Any]:
     """Load a checkpoint into model, optimizer and, unless empty, average; return its state.json."""
     model.load_state_dict(load_file(folder / "model.safetensors"))
     tensors = load_file(folder / "optimizer.safetensors")

@@ -3,9 +3,10 @@
 import math
 from collections.abc import Iterable, Mapping
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from bevt_lib.base.config import Optim
+from bevt_lib.base.trainable import Trainable
 
 Rule = tuple[str, float, float]
 
@@ -22,7 +23,7 @@ def factors(name: str, rules: Iterable[Rule]) -> tuple[float, float]:
     return 1.0, 1.0
 
 
-def parameter_groups(model: nn.Module, optim: Optim, rename=lambda name: name) -> list[dict]:
+def parameter_groups(model: Trainable, optim: Optim, rename=lambda name: name) -> list[dict]:
     """Group trainable parameters by their (lr factor, decay factor) for AdamW.
 
     ``rename`` translates our names before the rules are matched (paper presets match the released
@@ -86,12 +87,12 @@ def learning_rate(optim: Optim, step: int, items: int) -> float:
     return regular * (1 - (1 - now / optim.warmup) * (1 - optim.warmup_start))
 
 
-def start_average(model: nn.Module) -> dict[str, Tensor]:
+def start_average(model: Trainable) -> dict[str, Tensor]:
     """Copy the floating-point parameters and buffers: a weight average's start."""
     return {k: v.clone() for k, v in model.state_dict().items() if v.is_floating_point()}
 
 
-def update_average(average: Mapping[str, Tensor], model: nn.Module, share: float) -> None:
+def update_average(average: Mapping[str, Tensor], model: Trainable, share: float) -> None:
     """Take the weights into their exponential moving average (EMA), in place.
 
     ``average <- (1 - share) average + share weights``. Source: mmcv's hook in the released SSv2
