@@ -3,7 +3,7 @@
 MODEL: a weights file, a folder of a model or a checkpoint, or a run's (its latest checkpoint). It
 must fit the preset's classifier whole, head included. What is tested: the videos of
 --data.val-list under --data.video-root, or an embedded split (--split val | test | test_unseen),
-each by the preset's test views. RUN/scores_<split>.jsonl (--run.folder RUN) tells what the model
+each by the preset's test views. RUN/scores_<split>.jsonl (--run.folder RUN) holds what the model
 says of each video.
 
 A published figure is one of all videos: where some can't be read the scores are written, the
@@ -93,7 +93,7 @@ def evaluate(recipe: Evaluate) -> tuple[ClassScore, Path]:
     if result.unread and not recipe.allow_missing:
         raise ValueError(
             f"{len(result.unread)} of {result.clips + len(result.unread)} videos can't be read "
-            f"(see {file}): mend them, or add --allow-missing for a figure without them"
+            f"(see {file}): fix them, or add --allow-missing for a figure without them"
         )
     return result, file
 

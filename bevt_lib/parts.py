@@ -52,7 +52,7 @@ def sized_for(recipe: Pretrain, tokenizer: Tokenizer) -> Pretrain:
 
 
 def initialise_bevt(recipe: Pretrain, model: BEVT) -> str:
-    """Load the weights the recipe starts from, if any; return one line that tells what was done.
+    """Load the weights the recipe starts from, if any; return one line that says what was done.
 
     Raises ValueError where the recipe needs weights and none are given.
     """

@@ -93,24 +93,26 @@ def plan(recipe: Pretrain) -> str:
 
     Nothing is read but the tokenizer that ``tokens.weights`` names, where it is there already.
     """
-    words, given, shipped = recipe.tokens.vocab_size, recipe.tokens.weights, lesson_dvae()
+    vocab, given, shipped = recipe.tokens.vocab_size, recipe.tokens.weights, lesson_dvae()
     tokenizer: FrozenTokenizer
     if given and Path(given).exists():
-        tokenizer, told = load_tokenizer(given), given
+        tokenizer, source = load_tokenizer(given), given
         recipe = sized_for(recipe, tokenizer)
     else:
-        # DALL-E's own for its number of words, else one of the shipped one's size
-        hidden, blocks = (256, 2) if words == 8192 else (shipped.hidden, shipped.blocks)
-        tokenizer = DalleTokenizer(*build(hidden, blocks, words))
-        told = f"{given or '--tokens.weights'}, not there yet"
-        if not given and words == shipped.tokens.vocab_size:
-            told = "the shipped one"
+        # DALL-E's own for its vocabulary, else one of the shipped one's size
+        hidden, blocks = (256, 2) if vocab == 8192 else (shipped.hidden, shipped.blocks)
+        tokenizer = DalleTokenizer(*build(hidden, blocks, vocab))
+        source = f"{given or '--tokens.weights'}, not there yet"
+        if not given and vocab == shipped.tokens.vocab_size:
+            source = "the shipped one"
     tokenizer.to("meta")
     with torch.device("meta"):
         model = build_bevt(recipe)
     items = {s: cost.token_item(recipe, model, tokenizer, s) for s in recipe.streams}
     lines = cost.describe(recipe, model, global_batches(recipe), items, tokenizer)
-    lines["tokenizer"] = f"{told}: {recipe.tokens.vocab_size:,} tokens of {recipe.tokens.factor} px"
+    lines["tokenizer"] = (
+        f"{source}: {recipe.tokens.vocab_size:,} tokens of {recipe.tokens.factor} px"
+    )
     lines["starts from"] = recipe.run.init or recipe.default_init or (
         "--run.init, not given yet" if recipe.needs_init else "random weights")  # fmt: skip
     return cost.write(lines)

@@ -50,7 +50,7 @@ def device() -> torch.device:
 
 @contextmanager
 def world() -> Iterator[None]:
-    """Join torchrun's world for the time of a run, if there is one and it isn't joined yet."""
+    """Join torchrun's process group for a run, if there is one and it isn't joined yet."""
     mine = "WORLD_SIZE" in os.environ and not torch_dist.is_initialized()
     if mine:
         if device().type == "cuda":
@@ -68,9 +68,8 @@ def world() -> Iterator[None]:
         yield
     finally:
         if mine:
-            # gloo's threads need the interpreter to let go of the last tensors, and whoever takes
-            # the group away meanwhile holds it and waits for them: for ever (seen in torch 2.13;
-            # PyTorch issue 56297).
+            # destroy_process_group can deadlock with gloo's threads over the GIL (seen in torch
+            # 2.13; PyTorch issue 56297): let them finish first.
             time.sleep(0.1)
             torch_dist.destroy_process_group()
 

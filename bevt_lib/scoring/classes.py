@@ -59,14 +59,14 @@ class Scores:
     def summary(self) -> ClassScore:
         """Count top-1, top-5 and mean class accuracy; equals rank by class number.
 
-        Raises ValueError where no video can be read, or a probability is no number.
+        Raises ValueError where no video can be read, or a probability is not a number.
         """
         read = torch.tensor([i not in self.errors for i in range(len(self.labels))])
         labels, found = self.labels[read], self.probabilities[read]
         if not len(labels):
             raise ValueError(f"none of {len(read)} videos can be read: {self.errors[0]}")
         if not found.isfinite().all():
-            raise ValueError("the model gives probabilities that are no numbers: it is broken")
+            raise ValueError("the model gives probabilities that are not numbers: it is broken")
         true, classes = found.gather(1, labels[:, None]), found.shape[1]
         earlier = torch.arange(classes) < labels[:, None]
         better = ((found > true) | ((found == true) & earlier)).sum(1)  # classes before the true

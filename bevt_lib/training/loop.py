@@ -88,7 +88,7 @@ def be_deterministic(switch: bool) -> None:
 
 
 def set_up(run: Run) -> None:
-    """Settle what must stand before anything is computed: torch's threads and determinism."""
+    """Set torch's threads and determinism; call before anything is computed."""
     if run.threads:
         torch.set_num_threads(run.threads)
     be_deterministic(run.deterministic)
@@ -99,8 +99,8 @@ def fit(task: Task, optim: Optim, run: Run) -> list[Entry]:
 
     The loss is the sum over streams of ``optim.loss_weights`` times the mean over the *global*
     batch. With ``run.folder`` the run is saved there and a run found there is resumed. With
-    ``optim.ema`` the model ends with the weight average in the weights' place, also where the run
-    stops early or was finished before; checkpoints hold both.
+    ``optim.ema`` the model ends with the EMA of its weights, also if the run stops early or was
+    finished before; checkpoints hold both.
 
     A record shorter than min(steps, run.stop_after or steps) is that of a run that was asked to
     stop (SIGTERM): it is saved, and its process should end soon. Raises ValueError for another
@@ -210,7 +210,7 @@ def _save(
 def _validated(
     task: Task, average: checkpoint.State, folder: Path | None, history: list[Entry], done: int
 ) -> Entry:
-    """Score the model, or its average, keep it if it is the best, and leave it as it was."""
+    """Score the model, or its EMA, keep it if it is the best, and leave it as it was."""
     model = task.model
     assert task.validate is not None
     weights = {k: v.clone() for k, v in model.state_dict().items() if k in average}

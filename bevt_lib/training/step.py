@@ -26,7 +26,7 @@ MAX_NAMED = 8  # items of a stream that an error names
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """Settle "auto": bf16 on CUDA that computes in it, fp16 on older CUDA, fp32 on CPU.
+    """Resolve "auto": bf16 on CUDA that computes in it, fp16 on older CUDA, fp32 on CPU.
 
     bf16 and fp16 are autocast over float32 weights, fp16 with a gradient scaler; fp32 and fp64 hold
     everything in that type.
@@ -187,7 +187,7 @@ class Update:
         }
 
     def _refusal(self, what: str, step: int, parts: Sequence[tuple[Part, str]]) -> ValueError:
-        """Say the same on all processes: what is wrong, and with which items of any of them."""
+        """Make the same error on all processes: what is wrong, and the items of all of them."""
         named = []
         for stream, source in self.task.sources.items():
             first = step * source.batch
