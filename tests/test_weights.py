@@ -471,8 +471,9 @@ def test_files_that_are_no_weights_end_in_one_line(tmp_path):
     torch.save({"epoch": 1, "lr": 0.1}, tmp_path / "no_tensors.pth")
     torch.save({"conv1.weight": torch.zeros(64, 3, 7, 7)}, tmp_path / "resnet.pth")
     torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pth")
-    messages = {"cut": "damaged", "page": "web page", "empty": "not a readable", "list": "not a state",
-                "no_tensors": "no weights inside", "resnet": "no Swin weights",
+    messages = {"cut": "damaged", "page": "web page", "empty": "not a readable",
+                "list": "not a state", "no_tensors": "no weights inside",
+                "resnet": "not Swin weights",
                 "module": "torch.nn.modules.linear.Linear", "missing": "no weights at"}  # fmt: skip
     for name, message in messages.items():
         with pytest.raises(ValueError, match=message) as caught:
