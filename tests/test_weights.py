@@ -509,6 +509,12 @@ def test_a_model_folder_gives_the_same_model_back(tmp_path):
         assert torch.equal(
             Classifier.from_pretrained(tmp_path / "model").logits(pixels), model.logits(pixels)
         )
+    before = tmp_path / "model" / "config.json"  # as folders of the first version have it
+    config = json.loads(before.read_text())
+    config["released"] = config.pop("released_quirks")
+    before.write_text(json.dumps(config))
+    with torch.no_grad():
+        assert torch.equal(load_model(before.parent).logits(pixels), model.logits(pixels))
     bevt = BEVT(vocab_size=5, window=(4, 3, 3), streams=("image",), **SMALL)
     bevt.save_pretrained(tmp_path / "bevt")
     assert load_model(tmp_path / "bevt").state_dict().keys() == bevt.state_dict().keys()
