@@ -130,7 +130,7 @@ def lesson_how() -> Finetune:
         data=LESSON_DATA,
         optim=Optim(lr=1e-3, clips=16, steps=800, warmup=100, clip_norm=3.0, rules=LESSON_RULES),
         flip=False,
-        antisymmetric=1.0,  # else still appearance drowns motion for a long time
+        antisymmetric=1.0,  # ours; overwrites half of each pretrained patch filter
         crop="random",
         test_clips=3,
         test_crops=1,
