@@ -111,7 +111,7 @@ def lesson_what() -> Finetune:
 def lesson_how() -> Finetune:
     """Recognise how a clip moves (8 motions) from raw frames. Two CPU cores; ours, no paper row.
 
-    All 3D patch filters start antisymmetric in time: otherwise still appearance drowns motion.
+    All 3D patch filters start antisymmetric in time, which overwrites half of each pretrained one.
     """
     return replace(lesson_what(), name="lesson_how", task="how", flip=False, antisymmetric=1.0)
 

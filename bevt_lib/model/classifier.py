@@ -91,8 +91,8 @@ def init_antisymmetric(model: Classifier, share: float) -> None:
     """Start a share of the 3D patch filters as (+w, -w) in time: later frames minus the first.
 
     The released inflation gives all frames of a patch the same weights, so the embedding can't
-    tell their order. These filters can, and are blind to what stands still, which otherwise drowns
-    motion at first. Only a start: they are trained like the others. Our option.
+    tell their order. These filters can, and are blind to what stands still. The later half of
+    pretrained filters is overwritten. Only a start: they are trained like the others. Our option.
     """
     kernel = model.patch_embed.proj.weight  # (C, 3, frames, 4, 4)
     half, filters = kernel.shape[2] // 2, round(share * len(kernel))

@@ -1,7 +1,7 @@
 """Figures for the notebooks. Every function returns the figure or the arrays it shows."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -18,6 +18,32 @@ from bevt_lib.training.run_folder import read_metrics
 
 GREY = np.array([128, 128, 128], dtype=np.uint8)
 Curve = tuple[np.ndarray, np.ndarray]  # steps int64, values float64
+
+
+def has_cut(frames: np.ndarray) -> bool:
+    """Tell whether a clip, uint8 (T, H, W, 3), has a cut: a change over twice the median change.
+
+    A change is the mean absolute difference of two neighbouring frames.
+    """
+    changes = np.abs(np.diff(frames.astype(int), axis=0)).mean(axis=(1, 2, 3))
+    return bool(changes.max() > 2 * np.median(changes))
+
+
+def draw_clips(
+    read: Callable[[int], np.ndarray], total: int, number: int, seed: int
+) -> tuple[list[int], int]:
+    """Draw ``number`` of ``total`` clips to show, by seed, and pass over those with a cut.
+
+    ``read`` gives a clip's frames by its index. Returns the indices, and how many were passed
+    over. Raises ValueError where too few are without a cut.
+    """
+    drawn: list[int] = []
+    for tried, index in enumerate(np.random.default_rng(seed).permutation(total).tolist(), 1):
+        if not has_cut(read(index)):
+            drawn.append(index)
+        if len(drawn) == number:
+            return drawn, tried - number
+    raise ValueError(f"{len(drawn)} of {total} clips are without a cut, {number} were asked for")
 
 
 def enlarge(cells: np.ndarray, size: int) -> np.ndarray:
@@ -52,7 +78,8 @@ def show_rows(
     """
     columns = max(len(r[::every]) for r in rows.values())
     side = min(width / columns, 2.2)
-    size = side * columns + 1.0, side * len(rows) + 0.25
+    margin = 0.3 + 0.09 * max(map(len, rows))  # inches: room for the longest name
+    size = side * columns + margin, side * len(rows) + 0.25
     figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False)
     for line, (name, frames) in zip(axes, rows.items(), strict=True):
         for axis in line:
@@ -62,9 +89,9 @@ def show_rows(
             if name == next(iter(rows)):
                 told = titles[number] if titles else f"t={number}" if columns > 1 else ""
                 axis.set_title(told, fontsize=9)
-        line[0].text(-0.08, 0.5, name, transform=line[0].transAxes, ha="right", va="center",
-                     fontsize=10)  # fmt: skip
-    figure.subplots_adjust(left=max(0.13, 1.1 / size[0]), right=0.995, top=1 - 0.25 / size[1],
+        line[0].annotate(name, (0, 0.5), (-6, 0), "axes fraction", "offset points", ha="right",
+                         va="center", fontsize=10)  # fmt: skip
+    figure.subplots_adjust(left=margin / size[0], right=0.995, top=1 - 0.25 / size[1],
                            bottom=0.01, wspace=0.04, hspace=0.06)  # fmt: skip
     buffer = io.BytesIO()
     figure.savefig(buffer, format="jpeg", dpi=80, pil_kwargs={"quality": 75})

@@ -104,8 +104,9 @@ def load_strict(model: nn.Module, state: Mapping[str, Tensor], where: str) -> No
             shown = ", ".join(sorted(names)[:4]) + (", …" if len(names) > 4 else "")
             wrong.append(f"{word} {len(names)} ({shown})")
     if not wrong:
-        wrong = [f"{name} has shape {tuple(state[name].shape)}, expected {tuple(value.shape)}"
-                 for name, value in own.items() if state[name].shape != value.shape][:1]  # fmt: skip
+        shapes = ((name, tuple(state[name].shape), tuple(v.shape)) for name, v in own.items())
+        wrong = [f"{n} has shape {found}, expected {ours}" for n, found, ours in shapes
+                 if found != ours][:1]  # fmt: skip
     if wrong:
         raise ValueError(f"{where}: the weights don't fit this model: {'; '.join(wrong)}; was it "
                          "made by another preset?")  # fmt: skip
