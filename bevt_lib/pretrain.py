@@ -11,7 +11,6 @@ import torch
 
 from bevt_lib.base import distributed, files
 from bevt_lib.base.config import ClipSpec, Pretrain, flatten
-from bevt_lib.base.files import digest
 from bevt_lib.base.seeds import Purpose, Stream, seeded_globals
 from bevt_lib.cli import choose, run_command
 from bevt_lib.datasets import synthetic
@@ -22,9 +21,9 @@ from bevt_lib.model.masking import block_mask, tube_mask
 from bevt_lib.presets import PRETRAIN, lesson_dvae
 from bevt_lib.scoring import cost
 from bevt_lib.scoring.tokens import TokenScore, score_tokens
-from bevt_lib.tokenizers.base import Tokenizer, add_tokens
+from bevt_lib.tokenizers.base import FrozenTokenizer, add_tokens
 from bevt_lib.tokenizers.dalle import DalleTokenizer, build
-from bevt_lib.tokenizers.load import FrozenTokenizer, load_tokenizer
+from bevt_lib.tokenizers.load import load_tokenizer
 from bevt_lib.training import loop
 from bevt_lib.training.loop import Source
 from bevt_lib.training.optim import total_steps
@@ -85,16 +84,10 @@ def build_tokenizer(recipe: Pretrain) -> FrozenTokenizer:
     return tokenizer
 
 
-def sized_for(recipe: Pretrain, tokenizer: Tokenizer) -> Pretrain:
+def sized_for(recipe: Pretrain, tokenizer: FrozenTokenizer) -> Pretrain:
     """Give the recipe with the tokenizer's vocabulary and factor."""
     tokens = replace(recipe.tokens, vocab_size=tokenizer.vocab_size, factor=tokenizer.factor)
     return replace(recipe, tokens=tokens)
-
-
-def naming_digest(tokenizer: FrozenTokenizer) -> str:
-    """Sum up what ids depend on: a run isn't to be resumed with another tokenizer."""
-    state = tokenizer.state_dict().items()
-    return digest({k: v for k, v in state if not k.startswith("decoder.")})
 
 
 def start_weights(recipe: Pretrain, model: BEVT) -> str:
@@ -204,7 +197,7 @@ def train(recipe: Pretrain) -> tuple[BEVT, list[dict[str, float]]]:
         steps=total_steps(recipe.optim, len(first)),
         prepare=lambda batch, step: add_tokens(
             batch, tokenizer, hidden_only=True, fp16=recipe.tokens.fp16),
-        config=flatten(recipe) | {"tokens.sha256": naming_digest(tokenizer)},
+        config=flatten(recipe) | {"tokens.sha256": tokenizer.digest()},
         rename=released_name, bad_share=recipe.data.bad_share,
     )  # fmt: skip
     return model, history

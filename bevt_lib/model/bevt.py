@@ -19,6 +19,7 @@ from bevt_lib.model.swin import PatchEmbed, Swin, initialise
 
 STREAMS = ("video", "image")
 IMAGE_FRAMES = 1
+STRIDE = 16  # pixels of a clip or picture per token: the grid of Swin's stage 3
 
 
 class Decoder(nn.Module):

@@ -13,7 +13,7 @@ from torch.utils.data import default_collate
 from bevt_lib.base.distributed import blocks, gather
 from bevt_lib.model.bevt import BEVT
 from bevt_lib.model.masking import mask_in_time
-from bevt_lib.tokenizers.base import Tokenizer, add_tokens
+from bevt_lib.tokenizers.base import FrozenTokenizer, add_tokens
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def changed_places(ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def score_tokens(
-    model: BEVT, tokenizer: Tokenizer, stream: str, items, count: int, batch_size: int = 32
+    model: BEVT, tokenizer: FrozenTokenizer, stream: str, items, count: int, batch_size: int = 32
 ) -> TokenScore:
     """Score masked-token prediction on the first ``count`` items of a held-out data set."""
     model.eval()
