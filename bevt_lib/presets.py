@@ -45,10 +45,10 @@ SMALL_DATA = replace(LESSON_DATA, frames=16, workers=6)
 
 
 def lesson_dvae() -> TrainTokenizer:
-    """DALL-E's tokenizer, narrow, with 256 words, on the embedded training pictures.
+    """DALL-E's tokenizer, narrow, with 256 token ids, on the embedded training pictures.
 
     Trains on 32 px views of 64 px crops, the scale at which BEVT shows it 48 px views of 96 px
-    crops. After 4,500 steps with Gumbel noise, 2,500 choose words as in use, without noise, and
+    crops. After 4,500 steps with Gumbel noise, 2,500 choose ids as in use, without noise, and
     1,200 train the decoder alone to paint them. One CPU core; ours, no paper row.
     """
     return TrainTokenizer(
@@ -155,7 +155,7 @@ def lesson_what() -> Finetune:
 
 
 def small_dvae() -> TrainTokenizer:
-    """A wider tokenizer with 1024 words, on 48 px views as BEVT shows them.
+    """A wider tokenizer with 1024 token ids, on 48 px inputs as BEVT shows them.
 
     One GPU, about 4 minutes on an A100 at the share of its peak that ``cost`` assumes for Swin.
     Command: python -m bevt_lib.train_tokenizer small_dvae.
@@ -176,7 +176,7 @@ def small_dvae() -> TrainTokenizer:
 
 
 def small_image() -> Pretrain:
-    """Image-stream pretraining on the embedded stills, in the shipped lesson tokenizer's words.
+    """Image-stream pretraining on the embedded stills, with the shipped lesson tokenizer's ids.
 
     One GPU, by its plan about 3 minutes on an A100. Command: python -m bevt_lib.pretrain
     small_image.
@@ -245,11 +245,11 @@ def small_how() -> Finetune:
 
 
 def paper_dvae() -> TrainTokenizer:
-    """DALL-E's tokenizer by DALL-E's objective, on pictures of one's own.
+    """DALL-E's tokenizer by DALL-E's objective, on your own pictures.
 
     Paper: its ids are the targets of BEVT's main rows; with OpenAI's two files nothing is to train.
-    Command: torchrun on 8 nodes of 8 GPUs with --data.image-root. Of DALL-E's appendix A.2, told
-    from memory: views of 256 px, batch 512 on 64 GPUs, 3 M steps, AdamW with weight decay 1e-4, the
+    Command: torchrun on 8 nodes of 8 GPUs with --data.image-root. Of DALL-E's appendix A.2, from
+    memory: views of 256 px, batch 512 on 64 GPUs, 3 M steps, AdamW with weight decay 1e-4, the
     rate down a cosine of 1.2 M steps to 1.25e-6, temperature in 150,000 steps, KL weight in 5,000,
     average of the weights at 0.999. ASSUMED: ImageNet-1K in place of its 250 M pictures; its crops
     (short side 256 to 320); bf16 autocast. Not run by us: needs 64 GPUs and ImageNet-1K.
@@ -275,7 +275,7 @@ def paper_peco() -> TrainPeco:
     Paper: its ids are the targets of BEVT's rows SSv2 71.4, K400 81.1. Command: torchrun on 8 GPUs
     with --data.image-root, and --perceptual-weights of a self-supervised ViT-B in timm's names.
     Codebook, moving averages, stride and a self-supervised ViT's features on several levels are the
-    paper's, told from memory. ASSUMED: everything else (layers, 256 channels a code, blocks 3, 6, 9
+    paper's, from memory. ASSUMED: everything else (layers, 256 channels a code, blocks 3, 6, 9
     and 12, weights of the terms, batch 256, rate 1e-4, 100 epochs). Not run by us: needs 8 GPUs,
     ImageNet-1K and such a ViT. In BEVT: --tokens.weights FILE, whose factor sizes the view.
     """

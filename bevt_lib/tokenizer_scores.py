@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bevt_lib import pretrain
 from bevt_lib.base import distributed
 from bevt_lib.base.files import data_folder
 from bevt_lib.cli import run_command
+from bevt_lib.datasets import sources
 from bevt_lib.presets import lesson_image
 from bevt_lib.tokenizers.base import CHUNK, psnr, to_unit, usage
 from bevt_lib.tokenizers.baselines import cells_of, mean_colours, nearest_code, nearest_ids
@@ -112,7 +112,7 @@ def read_what(
 
 def stills(split: str) -> tuple[Tensor, np.ndarray]:
     """Give a split's embedded stills as tokenizer input, uint8 (N, 48, 48, 3), and their labels."""
-    items = pretrain.build_items(lesson_image(), "image", split)
+    items = sources.pretraining_items(lesson_image(), "image", split)
     pictures = np.stack([items.sample(0, i)["tokenizer_input"][0] for i in range(len(items))])
     return torch.from_numpy(pictures), np.array([entry.label for entry in items.entries])
 

@@ -5,6 +5,7 @@ RUN/strips/step_00000500.png   held-out pictures, below them what they become
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 
 from bevt_lib.base import distributed, files
-from bevt_lib.base.config import Optim, TrainPeco, TrainTokenizer, flatten
+from bevt_lib.base.config import Optim, TrainPeco, TrainTokenizer, flatten, run_folder
 from bevt_lib.base.seeds import Purpose, Stream, seeded_globals, torch_generator
+from bevt_lib.base.trainable import Batch
 from bevt_lib.cli import choose, run_command
 from bevt_lib.datasets import synthetic
 from bevt_lib.datasets.items import Pictures, Positions
@@ -29,8 +31,8 @@ from bevt_lib.tokenizers.dvae import DVAE
 from bevt_lib.tokenizers.peco import Peco, PecoShape
 from bevt_lib.tokenizers.perceptual import PerceptualDistance
 from bevt_lib.training import loop
-from bevt_lib.training.loop import Batch, Source
 from bevt_lib.training.optim import cycle_of, total_steps
+from bevt_lib.training.task import Source, Task
 
 FILM_STEP = 8  # every eighth film frame is a training picture
 PHOTO_REPEATS = 6  # photos are few beside the stills
@@ -53,11 +55,6 @@ def main(arguments: list[str]) -> None:
             model.tokenizer().save(path)
             last = history[-1]
             print(f"step {last['step'] + 1}: loss {last['loss']:.3f}; tokenizer in {path}")
-
-
-def run_folder(recipe: Recipe) -> str:
-    """Give the run's folder: ``run.folder`` or runs/<preset>."""
-    return recipe.run.folder or f"runs/{recipe.name}"
 
 
 def training_entries() -> list[Entry]:
@@ -144,8 +141,10 @@ def build_model(recipe: Recipe, networks: bool = False) -> TrainableTokenizer:
 def prepare_batch(model: TrainableTokenizer, optim: Optim, batch: Batch, step: int) -> Batch:
     """Turn pictures into floats, and add what the model's schedule says at this step."""
     part = batch["picture"]
-    ready = {"pixels": to_unit(part["tokenizer_input"]), "position": part["position"]}
-    return {"picture": ready | model.settings(step, cycle_of(optim, step)[0])}
+    return {"picture": {
+        "pixels": to_unit(part["tokenizer_input"]), "position": part["position"],
+        "schedule": model.schedule_at(step, cycle_of(optim, step)[0]),
+    }}  # fmt: skip
 
 
 def score_and_draw(tokenizer: FrozenTokenizer, pictures: Tensor, strip: Path) -> dict[str, float]:
@@ -164,9 +163,7 @@ def score_and_draw(tokenizer: FrozenTokenizer, pictures: Tensor, strip: Path) ->
 
 def train(recipe: Recipe) -> tuple[TrainableTokenizer, list[dict[str, float]]]:
     """Run a tokenizer recipe; return the model and the record, one dict per step."""
-    if recipe.run.threads:
-        torch.set_num_threads(recipe.run.threads)
-    loop.be_deterministic(recipe.run.deterministic)
+    loop.set_up(recipe.run)
     distributed.once_per_node(synthetic.render, needed=not recipe.data.image_root)
     seed, folder, device = recipe.run.seed, Path(run_folder(recipe)), distributed.device()
     entries, held = split_entries(recipe)
@@ -177,9 +174,9 @@ def train(recipe: Recipe) -> tuple[TrainableTokenizer, list[dict[str, float]]]:
         sample = stack(pictures, max(8, len(pictures) // model.start_pictures))
         model.start_codebook(to_unit(sample), torch_generator(seed, Purpose.WEIGHTS))
     watched = stack(pictures_of(recipe, held)).to(device)
-    history = loop.fit(
-        model, {"picture": Source(items, recipe.optim.images)}, recipe.optim,
-        loop.in_folder(recipe.run, str(folder)), steps=total_steps(recipe.optim, len(items)),
+    task = Task(
+        model=model, sources={"picture": Source(items, recipe.optim.images)},
+        steps=total_steps(recipe.optim, len(items)),
         prepare=lambda batch, step: prepare_batch(model, recipe.optim, batch, step),
         after_step=lambda step: model.update_codes(
             torch_generator(seed, Purpose.WEIGHTS, 1, step)),
@@ -188,7 +185,7 @@ def train(recipe: Recipe) -> tuple[TrainableTokenizer, list[dict[str, float]]]:
             model.tokenizer(), watched, folder / "strips" / f"step_{done:08d}.png"),
         validate_every=recipe.watch_every,
     )  # fmt: skip
-    return model, history
+    return model, loop.fit(task, recipe.optim, replace(recipe.run, folder=str(folder)))
 
 
 def plan(recipe: Recipe) -> str:

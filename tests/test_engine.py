@@ -15,9 +15,10 @@ import torch
 from golden_numbers import CASES, FOLDER
 from safetensors.torch import load_file
 
-from bevt_lib import finetune, pretrain
+from bevt_lib import finetune, parts
 from bevt_lib.base.config import Optim
 from bevt_lib.presets import FINETUNE, paper_joint
+from bevt_lib.scoring import classes
 from bevt_lib.training import checkpoint
 from bevt_lib.training.loop import TIMINGS, split_batch
 from bevt_lib.training.optim import learning_rate, parameter_groups, start_average, update_average
@@ -175,7 +176,7 @@ def test_a_run_without_an_average_is_not_continued_with_one(whole):
 @pytest.mark.slow
 def test_fine_tuning_is_scored_on_the_average(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(finetune, "score", lambda recipe, model, **_: seen.append(model))
+    monkeypatch.setattr(classes, "score_split", lambda recipe, model, **_: seen.append(model))
     options = "--optim.ema .5 --optim.clips 2 --run.stop-after 2 --run.test-clips 1 "
     options += "--data.workers 0 --run.folder"
     finetune.main(["lesson_how", *options.split(), str(tmp_path)])
@@ -302,7 +303,7 @@ def test_parameter_groups_are_the_released_ones(path, parity):
     optim = recipe.optim
     assert optim.lr == golden["base_lr"] and optim.weight_decay == golden["base_weight_decay"]
     with torch.device("meta"):
-        model = (pretrain if name == "pretrain" else finetune).build_model(recipe)
+        model = (parts.build_bevt if name == "pretrain" else parts.build_classifier)(recipe)
     mine = {
         released_name(parameter): (group["factor"], group["weight_decay"])
         for group in parameter_groups(model, optim, released_name)

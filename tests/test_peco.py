@@ -12,7 +12,7 @@ import pytest
 import tiny_peco
 import torch
 
-from bevt_lib import train_tokenizer
+from bevt_lib import parts, train_tokenizer
 from bevt_lib.base.files import data_folder
 from bevt_lib.presets import TRAIN_TOKENIZER, lesson_dvae, lesson_peco, paper_dvae
 from bevt_lib.tokenizers import perceptual
@@ -273,12 +273,11 @@ def test_the_supervised_network_is_the_packages_own(supervised):
 
 
 def test_the_label_free_network_is_the_image_stream(pictures):
-    from bevt_lib import pretrain
     from bevt_lib.model.normalisation import normalise
     from bevt_lib.presets import lesson_image
     from bevt_lib.weights.load import load_strict, read_weights
 
-    stream = pretrain.build_model(lesson_image()).eval()
+    stream = parts.build_bevt(lesson_image()).eval()
     path = data_folder() / "weights" / "lesson_image.safetensors"
     load_strict(stream, read_weights(path), "lesson_image")
     frames = torch.randint(0, 256, (2, 1, 96, 96, 3), dtype=torch.uint8)
@@ -429,7 +428,8 @@ def test_dalles_schedules_are_the_published_ones():
     def at(step):
         batch = {"picture": {"tokenizer_input": picture, "position": torch.zeros(1)}}
         part = train_tokenizer.prepare_batch(model, recipe.optim, batch, step)["picture"]
-        return part["temperature"], part["kl_weight"], part["noise_scale"], part["decoder_only"]
+        names = ("temperature", "kl_weight", "noise_scale", "decoder_only")
+        return tuple(part["schedule"][name] for name in names)
 
     assert at(0) == (1.0, 0.0, 1.0, False)
     assert np.allclose(at(2_500)[1], 3.3) and np.allclose(at(75_000)[0], (1 + 1 / 16) / 2)

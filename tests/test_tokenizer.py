@@ -15,6 +15,7 @@ import torch
 from bevt_lib import pretrain
 from bevt_lib.base import files
 from bevt_lib.cli import override
+from bevt_lib.datasets import sources
 from bevt_lib.model.bevt import BEVT
 from bevt_lib.model.masking import block_mask, tube_mask
 from bevt_lib.presets import lesson_image
@@ -86,7 +87,7 @@ def test_half_precision_is_the_packages_own(parts, pictures, monkeypatch):
 def test_half_precision_changes_few_of_the_trained_ids():
     """21 of 18,432 on 512 held-out stills in float16, 236 in bfloat16 (two CPU cores)."""
     tokenizer = load_tokenizer(files.data_folder() / "weights" / "lesson_dvae.safetensors")
-    items = pretrain.build_items(lesson_image(), "image", "test")
+    items = sources.pretraining_items(lesson_image(), "image", "test")
     pictures = torch.from_numpy(
         np.stack([items.sample(0, i)["tokenizer_input"][0] for i in range(48)])
     )
@@ -140,10 +141,10 @@ def test_divergence_from_uniform_agrees_with_torch():
 
 
 def batch_of(pictures, **settings):
-    part = {"pixels": pictures.permute(0, 3, 1, 2).float() / 255, "temperature": 0.5,
-            "noise_scale": 1.0, "decoder_only": False, "kl_weight": 0.1,
-            "balance_weight": 0.1} | settings  # fmt: skip
-    return {"picture": part}
+    schedule = {"temperature": 0.5, "noise_scale": 1.0, "decoder_only": False, "kl_weight": 0.1,
+                "balance_weight": 0.1} | settings  # fmt: skip
+    pixels = pictures.permute(0, 3, 1, 2).float() / 255
+    return {"picture": {"pixels": pixels, "schedule": schedule}}
 
 
 SCHEDULE = {
@@ -205,14 +206,14 @@ def test_a_schedule_sets_what_a_step_minimises():
     """Half cosines between start and end; without noise in the second cosine of the rate."""
     model = dvae.DVAE(*build(16, 1, 32), (6, 5), SCHEDULE)
     plain = {"noise_scale": 1.0, "decoder_only": False, "balance_weight": 0.3}
-    assert model.settings(0, 0) == plain | {"temperature": 1.0, "kl_weight": 0.0}
-    assert model.settings(4, 1) == plain | {
+    assert model.schedule_at(0, 0) == plain | {"temperature": 1.0, "kl_weight": 0.0}
+    assert model.schedule_at(4, 1) == plain | {
         "temperature": 0.625,
         "kl_weight": 4.0,
         "noise_scale": 0.0,
     }
     last = plain | {"temperature": 0.25, "kl_weight": 4.0, "noise_scale": 0.0, "decoder_only": True}
-    assert model.settings(100, 2) == last
+    assert model.schedule_at(100, 2) == last
 
 
 def test_each_picture_has_its_own_noise(pictures):

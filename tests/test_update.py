@@ -90,9 +90,9 @@ def test_an_overflow_in_fp16_skips_the_step_and_the_scale_is_resumed(large_scale
     for number, left_out in enumerate(skipped):
         grown = scales[number] == 2 * scale and not left_out
         assert scales[number] == scale / 2 if left_out else scales[number] == scale or grown
-        if step:
+        if number:
             assert torch.equal(weights[number], weights[number - 1]) == bool(left_out)
-        scale = scales[step]
+        scale = scales[number]
     assert max(scales[i + 1] / scales[i] for i in range(15)) == 2  # after three good steps
     early = skipped.index(0)
     for stop in {1, early + 2}:  # before AdamW has any state, and between two growths

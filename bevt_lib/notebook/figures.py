@@ -1,7 +1,6 @@
 """Figures for the notebooks. Every function returns the figure or the arrays it shows."""
 
 import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,9 +10,11 @@ import torch
 from IPython.display import Image
 from matplotlib.figure import Figure
 
+from bevt_lib.base.trainable import collate
 from bevt_lib.model.bevt import BEVT
 from bevt_lib.model.masking import mask_in_time
 from bevt_lib.tokenizers.base import FrozenTokenizer, add_tokens
+from bevt_lib.training.run_folder import read_metrics
 
 GREY = np.array([128, 128, 128], dtype=np.uint8)
 Curve = tuple[np.ndarray, np.ndarray]  # steps int64, values float64
@@ -143,8 +144,7 @@ def prediction_rows(
     The last two are shown at the tokenizer's resolution.
     """
     model.eval()
-    batch = {k: torch.from_numpy(np.asarray(v))[None] for k, v in sample.items()}
-    part = add_tokens({stream: batch}, tokenizer)[stream]
+    part = add_tokens({stream: collate([sample])}, tokenizer)[stream]
     ids = model.predict(stream, part["pixels"], part["mask"])
     hidden = mask_in_time(part["mask"], model.frames_per_step[stream])
     painted = tokenizer.decode(ids[0]).numpy()
@@ -184,21 +184,16 @@ def show_curves(
 def read_run(folder: str | Path) -> dict[str, Curve]:
     """Read every number of a run's metrics.jsonl: {"video/loss": (steps, values), ...}.
 
-    A number may stand at some steps only ("val/top1"). A line that is torn, because the run was
-    killed or is writing it, is passed over. Raises ValueError where no step is recorded.
+    A number may stand at some steps only ("val/top1"). A line that isn't whole, because the
+    run was killed or is writing it, ends the record. Raises ValueError where no step is recorded.
     """
-    path = Path(folder) / "metrics.jsonl"
     columns: dict[str, dict[int, float]] = {}
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        step = entry.pop("step")
+    for entry in read_metrics(Path(folder)):
+        step = int(entry.pop("step"))
         for name, value in entry.items():
             columns.setdefault(name, {})[step] = value
     if not columns:
-        raise ValueError(f"{folder} holds no record of a run: no step in {path.name}")
+        raise ValueError(f"{folder} holds no record of a run: no step in metrics.jsonl")
     return {
         name: (np.array(list(found), dtype=np.int64), np.array(list(found.values()), dtype=float))
         for name, found in columns.items()

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import default_collate
 
 from bevt_lib.base.distributed import blocks, gather
+from bevt_lib.base.trainable import collate
 from bevt_lib.model.bevt import BEVT
 from bevt_lib.model.masking import mask_in_time
 from bevt_lib.tokenizers.base import FrozenTokenizer, add_tokens
@@ -71,8 +71,7 @@ def score_tokens(
     device = next(model.parameters()).device
     columns = [torch.empty(5, 0, dtype=torch.float64)]
     for block in blocks(count, batch_size):
-        batch = default_collate([items.sample(0, i) for i in block])
-        batch = {k: v.to(device) for k, v in batch.items()}
+        batch = collate([items.sample(0, i) for i in block], device)
         part = add_tokens({stream: batch}, tokenizer)[stream]
         ids, hidden = part["ids"], mask_in_time(part["mask"], model.frames_per_step[stream])
         logits = model.token_head(model.features(stream, part["pixels"], part["mask"]))[hidden]

@@ -4,12 +4,13 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from bevt_lib.base import files
+from bevt_lib.base.trainable import Batch, Part
 from bevt_lib.model.masking import mask_in_time
 from bevt_lib.model.normalisation import normalise
 from bevt_lib.weights.load import load_strict
@@ -111,7 +112,7 @@ class TrainableTokenizer(nn.Module):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.noise_sizes = {"picture": 0}
 
-    def counts(self, batch: Mapping[str, Mapping[str, Tensor]]) -> list[int]:
+    def counts(self, batch: Batch) -> list[int]:
         """Count the pictures."""
         return [len(batch["picture"]["pixels"])]
 
@@ -119,8 +120,8 @@ class TrainableTokenizer(nn.Module):
         """Start the codebook from pictures, float (N, 3, h, w) in 0..1."""
         raise NotImplementedError
 
-    def settings(self, step: int, cycle: int) -> dict[str, Any]:
-        """Give what ``forward`` wants beside pixels at this step of this cosine (from 0)."""
+    def schedule_at(self, step: int, cycle: int) -> dict[str, float]:
+        """Give the settings of ``forward`` at a step, which lies in this cosine (from 0)."""
         return {}
 
     def update_codes(self, generator: torch.Generator) -> dict[str, float]:
@@ -133,12 +134,12 @@ class TrainableTokenizer(nn.Module):
 
 
 def add_tokens(
-    batch: Mapping[str, Mapping[str, Tensor]],
+    batch: Batch,
     tokenizer: FrozenTokenizer,
     *,
     hidden_only: bool = False,
     fp16: bool = False,
-) -> dict[str, dict[str, Tensor]]:
+) -> dict[str, Part]:
     """Add the token ids of the frames and normalise the pixels; no gradient.
 
     Takes {stream: {"pixels": uint8 (B, T, H, W, 3), "tokenizer_input": uint8 (B, T, v, v, 3),
@@ -155,7 +156,7 @@ def add_tokens(
     frames = torch.cat([part["tokenizer_input"][wanted[stream]] for stream, part in batch.items()])
     with torch.autocast("cuda", torch.float16, enabled=fp16 and frames.is_cuda):
         found = tokenizer.encode(frames).split([int(w.sum()) for w in wanted.values()])
-    result = {}
+    result: dict[str, Part] = {}
     for (stream, part), ids in zip(batch.items(), found, strict=True):
         grid = ids.new_full((*wanted[stream].shape, *ids.shape[1:]), -1)
         grid[wanted[stream]] = ids

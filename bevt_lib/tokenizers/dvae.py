@@ -8,7 +8,6 @@ are ours; ``presets.paper_dvae`` has the paper's.
 import copy
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from dall_e import Decoder, Encoder, map_pixels, unmap_pixels
@@ -16,7 +15,7 @@ from dall_e.decoder import DecoderBlock
 from dall_e.encoder import EncoderBlock
 from torch import Tensor, nn
 
-from bevt_lib.base.trainable import Term
+from bevt_lib.base.trainable import Batch, Noise, Term
 from bevt_lib.tokenizers.base import START_PICTURES, TrainableTokenizer
 from bevt_lib.tokenizers.baselines import nearest_row
 from bevt_lib.tokenizers.dalle import FACTOR, DalleTokenizer, expected_pixels
@@ -73,7 +72,7 @@ class DVAE(TrainableTokenizer):
         output.conv.w.copy_((codes * scale)[:, :, None, None])
         output.conv.b.copy_(-scale * (codes @ centre + codes.square().sum(1) / 2))
 
-    def settings(self, step: int, cycle: int) -> dict[str, Any]:
+    def schedule_at(self, step: int, cycle: int) -> dict[str, float]:
         """Anneal; the second cosine has no noise, the third trains the decoder alone."""
         annealed = {k: anneal(step, *span) for k, span in self.schedule.items()}
         return {**annealed, "noise_scale": float(cycle == 0), "decoder_only": cycle == 2}
@@ -81,10 +80,8 @@ class DVAE(TrainableTokenizer):
     def tokenizer(self) -> DalleTokenizer:
         return DalleTokenizer(copy.deepcopy(self.encoder), copy.deepcopy(self.decoder))
 
-    def forward(
-        self, batch: Mapping[str, Mapping[str, Any]], noise: Mapping[str, Tensor]
-    ) -> dict[str, Term]:
-        """Give the loss for {"picture": {"pixels", and what :meth:`settings` gives}}.
+    def forward(self, batch: Batch, noise: Noise) -> dict[str, Term]:
+        """Give the loss for {"picture": {"pixels", "schedule": of :meth:`schedule_at`}}.
 
         "pixels": float (B, 3, h, w) in 0..1. ``noise["picture"]``: uniform (B, vocab * h/8 * w/8),
         turned into Gumbel noise, so that each picture's draw is its own whatever the batch;
@@ -92,25 +89,25 @@ class DVAE(TrainableTokenizer):
         "decoder_only" the encoder is left as it is, and the decoder learns to paint the chosen
         ids with the least squared error: a last touch of ours, which no id depends on.
         """
-        part = batch["picture"]
+        part, now = batch["picture"], batch["picture"]["schedule"]
         target = map_pixels(part["pixels"]).contiguous(memory_format=torch.channels_last)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not part["decoder_only"]):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not now["decoder_only"]):
             logits = self.encoder(target).float()
         gumbel = -(-noise["picture"].clamp(1e-9, 1 - 1e-7).log()).log()
-        gumbel = gumbel.view(logits.shape) * part["noise_scale"]
-        shares = ((logits + gumbel) / part["temperature"]).softmax(dim=1)  # of each id, per cell
-        if part["decoder_only"]:
+        gumbel = gumbel.view(logits.shape) * now["noise_scale"]
+        shares = ((logits + gumbel) / now["temperature"]).softmax(dim=1)  # of each id, per cell
+        if now["decoder_only"]:
             chosen = nn.functional.one_hot(logits.argmax(dim=1), self.vocab_size)
             shares = chosen.permute(0, 3, 1, 2).float()
         mean, log_spread = self.decoder(shares).float().chunk(2, dim=1)
-        if part["decoder_only"]:
+        if now["decoder_only"]:
             error = (expected_pixels(mean, log_spread) - target).square()
             pixels = error.mean(dim=(1, 2, 3)) * PAINT_SCALE
         else:
             pixels = logit_laplace_nll(target, mean, log_spread).mean(dim=(1, 2, 3))
         divergence = kl_to_uniform(logits).mean(dim=(1, 2))
-        loss = (pixels + part["kl_weight"] / SUBPIXELS_PER_CELL * divergence).sum()
-        balance = 0.0 if part["decoder_only"] else part["balance_weight"]
+        loss = (pixels + now["kl_weight"] / SUBPIXELS_PER_CELL * divergence).sum()
+        balance = 0.0 if now["decoder_only"] else now["balance_weight"]
         average = logits.softmax(dim=1).mean(dim=(0, 2, 3))
         imbalance = (average * average.clamp(min=1e-9).log()).sum() + math.log(self.vocab_size)
         loss = loss + balance * imbalance * len(target)

@@ -9,7 +9,7 @@ L2-normalised) codes and their revival are ours.
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from bevt_lib.base import distributed
-from bevt_lib.base.trainable import Term
+from bevt_lib.base.trainable import Batch, Noise, Term
 from bevt_lib.tokenizers.base import CHUNK, FrozenTokenizer, State, TrainableTokenizer, to_unit
 
 DECAY = 0.99  # of the codes' moving averages, per step; VQ-VAE, appendix A.1
@@ -153,9 +153,7 @@ class Peco(TrainableTokenizer):
         maps = self.encoder(to_signed(pixels)).float()
         return maps, rearrange(maps, "b d h w -> (b h w) d")
 
-    def forward(
-        self, batch: Mapping[str, Mapping[str, Tensor]], noise: Mapping[str, Tensor]
-    ) -> dict[str, Term]:
+    def forward(self, batch: Batch, noise: Noise) -> dict[str, Term]:
         """Give the loss for {"picture": {"pixels"}}, float (B, 3, h, w) in 0..1; no noise.
 
         Squared error of pixels in -1..1, plus the perceptual distance, plus the commitment of the
