@@ -3,8 +3,9 @@
 from dataclasses import replace
 from pathlib import Path
 
-from bevt_lib.base import distributed, files
+from bevt_lib.base import distributed
 from bevt_lib.base.config import Finetune, Pretrain
+from bevt_lib.base.files import data_folder
 from bevt_lib.base.seeds import Purpose, seeded_globals
 from bevt_lib.datasets.synthetic import CLASSES
 from bevt_lib.model.bevt import BEVT
@@ -25,7 +26,7 @@ def build_bevt(recipe: Pretrain) -> BEVT:
 
 def shipped_tokenizer() -> Path:
     """Find the lesson tokenizer's file."""
-    return files.data_folder() / "weights" / "lesson_dvae.safetensors"
+    return data_folder() / "weights" / "lesson_dvae.safetensors"
 
 
 def build_tokenizer(recipe: Pretrain) -> FrozenTokenizer:
@@ -56,17 +57,22 @@ def initialise_bevt(recipe: Pretrain, model: BEVT) -> str:
 
     Raises ValueError where the recipe needs weights and none are given.
     """
-    path = recipe.run.init
-    if not path and recipe.default_init:
-        path = str(files.data_folder() / recipe.default_init)
+    path = start_path(recipe)
+    if not path and recipe.needs_init:
+        raise ValueError(
+            f"{recipe.name} starts from image-stream weights: give them with --run.init FILE"
+        )
     if not path:
-        if recipe.needs_init:
-            raise ValueError(
-                f"{recipe.name} starts from image-stream weights: give them with --run.init FILE"
-            )
         return "start: random weights"
-    report = start_pretraining(model, read_weights(Path(path)), token_head=recipe.keep_token_head)
-    return f"start: {Path(path).name}: {report}"
+    report = start_pretraining(model, read_weights(path), token_head=recipe.keep_token_head)
+    return f"start: {path.name}: {report}"
+
+
+def start_path(recipe: Pretrain | Finetune) -> Path | None:
+    """Give the weights to start from: ``run.init``, else the shipped ones of the preset."""
+    if recipe.run.init:
+        return Path(recipe.run.init)
+    return data_folder() / recipe.default_init if recipe.default_init else None
 
 
 def build_classifier(recipe: Finetune) -> Classifier:
@@ -81,17 +87,14 @@ def build_classifier(recipe: Finetune) -> Classifier:
 
 def initialise_classifier(recipe: Finetune, model: Classifier) -> str:
     """Load the weights the recipe starts from; "scratch" as run.init means random weights."""
-    path = recipe.run.init
-    if not path and recipe.default_init:
-        path = str(files.data_folder() / recipe.default_init)
+    path, report = start_path(recipe), "random weights"
     if not path:
         raise ValueError(
             f"{recipe.name} starts from pretrained weights: give them with --run.init FILE, or "
             "--run.init scratch"
         )
-    report = "random weights"
-    if path != "scratch":
-        report = f"{Path(path).name}: {start_classifier(model, read_weights(Path(path)))}"
+    if recipe.run.init != "scratch":
+        report = f"{path.name}: {start_classifier(model, read_weights(path))}"
     if recipe.antisymmetric:
         init_antisymmetric(model, recipe.antisymmetric)
         report += f"; {recipe.antisymmetric:.0%} of the 3D patch filters antisymmetric in time"

@@ -108,7 +108,7 @@ def checkpoint_at(folder, step):
     return folder / "checkpoints" / f"step_{step:08d}"
 
 
-def is_intact(model, tensors):
+def equals(model, tensors):
     state = model.state_dict()
     return state.keys() == tensors.keys() and all(torch.equal(state[k], tensors[k]) for k in state)
 
@@ -126,7 +126,7 @@ def test_the_average_is_the_decayed_sum_of_all_weights(averaged):
             mean = sum(s * w[name].double() for s, w in zip(shares, weights, strict=False))
             assert value.dtype == torch.float32
             assert torch.allclose(value.double(), mean, rtol=1e-5, atol=1e-6), (n, name)
-    assert is_intact(model, found) and not is_intact(model, weights[-1])
+    assert equals(model, found) and not equals(model, weights[-1])
 
 
 def test_the_average_changes_nothing_in_training(averaged):
@@ -149,11 +149,11 @@ def test_eight_small_averages_are_one_of_the_eightfold_share():
 def test_a_resumed_average_is_the_uninterrupted_one(averaged, tmp_path):
     model, history, folder = averaged
     early, _ = tiny_run.train(str(tmp_path), 12, ema=0.3, stop_after=5)
-    assert is_intact(early, load_file(checkpoint_at(folder, 5) / "ema.safetensors"))
+    assert equals(early, load_file(checkpoint_at(folder, 5) / "ema.safetensors"))
     for _ in range(2):  # the second time the run is finished already
         resumed, record = tiny_run.train(str(tmp_path), 12, ema=0.3)
         assert losses(record) == losses(history)
-        assert is_intact(resumed, model.state_dict())
+        assert equals(resumed, model.state_dict())
     states = [json.loads((checkpoint_at(f, 12) / "state.json").read_text())["sha256"]
               for f in (folder, tmp_path)]  # fmt: skip
     assert states[0] == states[1] and "ema.safetensors" in states[0]
@@ -165,7 +165,7 @@ def test_a_checkpoint_with_a_damaged_average_is_passed_by(averaged, tmp_path, ca
     damage(checkpoint_at(tmp_path, 8) / "ema.safetensors")
     assert checkpoint.latest(tmp_path) == checkpoint_at(tmp_path, 4)
     assert "step_00000008 is damaged" in capsys.readouterr().err
-    assert is_intact(tiny_run.train(str(tmp_path), 12, ema=0.3)[0], averaged[0].state_dict())
+    assert equals(tiny_run.train(str(tmp_path), 12, ema=0.3)[0], averaged[0].state_dict())
 
 
 def test_a_run_without_an_average_is_not_continued_with_one(whole):
@@ -180,8 +180,8 @@ def test_fine_tuning_is_scored_on_the_average(tmp_path, monkeypatch):
     options = "--optim.ema .5 --optim.clips 2 --run.stop-after 2 --run.test-clips 1 "
     options += "--data.workers 0 --run.folder"
     finetune.main(["lesson_how", *options.split(), str(tmp_path)])
-    assert is_intact(seen[0], load_file(checkpoint_at(tmp_path, 2) / "ema.safetensors"))
-    assert not is_intact(seen[0], load_file(checkpoint_at(tmp_path, 2) / "model.safetensors"))
+    assert equals(seen[0], load_file(checkpoint_at(tmp_path, 2) / "ema.safetensors"))
+    assert not equals(seen[0], load_file(checkpoint_at(tmp_path, 2) / "model.safetensors"))
 
 
 def test_another_configuration_in_the_same_folder_is_refused(whole):

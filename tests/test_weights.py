@@ -471,8 +471,9 @@ def test_files_that_are_no_weights_end_in_one_line(tmp_path):
     torch.save({"epoch": 1, "lr": 0.1}, tmp_path / "no_tensors.pth")
     torch.save({"conv1.weight": torch.zeros(64, 3, 7, 7)}, tmp_path / "resnet.pth")
     torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pth")
-    messages = {"cut": "damaged", "page": "web page", "empty": "not a readable", "list": "not a state",
-                "no_tensors": "no weights inside", "resnet": "no Swin weights",
+    messages = {"cut": "damaged", "page": "web page", "empty": "not a readable",
+                "list": "not a state", "no_tensors": "no weights inside",
+                "resnet": "not Swin weights",
                 "module": "torch.nn.modules.linear.Linear", "missing": "no weights at"}  # fmt: skip
     for name, message in messages.items():
         with pytest.raises(ValueError, match=message) as caught:
@@ -508,6 +509,12 @@ def test_a_model_folder_gives_the_same_model_back(tmp_path):
         assert torch.equal(
             Classifier.from_pretrained(tmp_path / "model").logits(pixels), model.logits(pixels)
         )
+    before = tmp_path / "model" / "config.json"  # as folders of the first version have it
+    config = json.loads(before.read_text())
+    config["released"] = config.pop("released_quirks")
+    before.write_text(json.dumps(config))
+    with torch.no_grad():
+        assert torch.equal(load_model(before.parent).logits(pixels), model.logits(pixels))
     bevt = BEVT(vocab_size=5, window=(4, 3, 3), streams=("image",), **SMALL)
     bevt.save_pretrained(tmp_path / "bevt")
     assert load_model(tmp_path / "bevt").state_dict().keys() == bevt.state_dict().keys()

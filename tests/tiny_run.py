@@ -98,12 +98,12 @@ def note_digests(file: Path, batch, step: int) -> None:
 def train(folder: str, steps: int, *, model: str = "bevt", micro: int = 0, stop_after: int = 0,
           save_every: int = 4, keep: int = 2, seed: int = 0, ema: float = 0.0, workers: int = 0,
           precision: str = "auto", validate_every: int = 0, digests: str = "", lr: float = 3e-3,
-          **settings):  # fmt: skip
+          loss_weights: tuple[float, float] = (1.0, 1.0), **settings):  # fmt: skip
     """Train; ``settings`` go to ``Task``, those it doesn't know to ``Run``."""
     torch.set_num_threads(1)
     network, sources = build_model(seed, model), build_sources(seed, model, workers)
     optim = Optim(lr=lr, clips=6, images=12, steps=steps, warmup=2, clip_norm=3.0,
-                  ema=ema)  # fmt: skip
+                  ema=ema, loss_weights=loss_weights)  # fmt: skip
     chosen = {k: settings.pop(k) for k in list(settings) if k in Run.__dataclass_fields__}
     run = Run(folder=folder, micro_batch=micro, stop_after=stop_after, save_every=save_every,
               keep=keep, seed=seed, precision=precision, **chosen)  # fmt: skip

@@ -97,28 +97,19 @@ def save_weights(state: Mapping[str, Tensor], path: Path, dtype: torch.dtype | N
 
 def load_strict(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     """Load a state dict of our own names into ``model``; ValueError names what doesn't fit."""
-    own = model.state_dict()
-    try:
-        _refuse_misfit(own.keys() - state.keys(), state.keys() - own.keys())
-        for name, value in own.items():
-            if state[name].shape != value.shape:
-                raise ValueError(
-                    f"the weights don't fit this model: {name} has shape "
-                    f"{tuple(state[name].shape)}, expected {tuple(value.shape)}"
-                )
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}; was it made by another preset?") from None
+    own, wrong = model.state_dict(), []
+    missing, left = own.keys() - state.keys(), state.keys() - own.keys()
+    for word, names in (("missing", missing), ("left over", left)):
+        if names:
+            shown = ", ".join(sorted(names)[:4]) + (", …" if len(names) > 4 else "")
+            wrong.append(f"{word} {len(names)} ({shown})")
+    if not wrong:
+        wrong = [f"{name} has shape {tuple(state[name].shape)}, expected {tuple(value.shape)}"
+                 for name, value in own.items() if state[name].shape != value.shape][:1]  # fmt: skip
+    if wrong:
+        raise ValueError(f"{where}: the weights don't fit this model: {'; '.join(wrong)}; was it "
+                         "made by another preset?")  # fmt: skip
     model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
-
-
-def _refuse_misfit(missing: set[str], left: set[str]) -> None:
-    if missing or left:
-        parts = [
-            f"{word} {len(names)} ({', '.join(sorted(names)[:4])}{', …' if len(names) > 4 else ''})"
-            for word, names in (("missing", missing), ("left over", left))
-            if names
-        ]
-        raise ValueError(f"the weights don't fit this model: {'; '.join(parts)}")
 
 
 @dataclass
