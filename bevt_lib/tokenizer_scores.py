@@ -51,7 +51,7 @@ class Readability:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """One tokenizer on held-out pictures. None: there are no ids."""
+    """One tokenizer on held-out pictures. None where there are no ids."""
 
     psnr: float  # dB, over all pixels
     ssim: float

@@ -137,10 +137,9 @@ def build_model(recipe: Recipe, networks: bool = False) -> TrainableTokenizer:
 def prepare_batch(model: TrainableTokenizer, optim: Optim, batch: Batch, step: int) -> Batch:
     """Turn pictures into floats, and add what the model's schedule says at this step."""
     part = batch["picture"]
-    return {"picture": {
-        "pixels": to_unit(part["tokenizer_input"]), "position": part["position"],
-        "schedule": model.schedule_at(step, cycle_of(optim, step)[0]),
-    }}  # fmt: skip
+    pixels = to_unit(part["tokenizer_input"])
+    schedule = model.schedule_at(step, cycle_of(optim, step)[0])
+    return {"picture": {"pixels": pixels, "position": part["position"], "schedule": schedule}}
 
 
 def score_and_draw(tokenizer: FrozenTokenizer, pictures: Tensor, strip: Path) -> dict[str, float]:

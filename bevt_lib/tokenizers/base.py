@@ -13,9 +13,9 @@ from bevt_lib.base import files
 from bevt_lib.base.trainable import Batch, Part
 from bevt_lib.model.masking import mask_in_time
 from bevt_lib.model.normalisation import normalise
+from bevt_lib.weights.formats import State
 from bevt_lib.weights.load import load_strict
 
-State = Mapping[str, Tensor]
 CHUNK = 64  # pictures per forward pass, to bound memory
 START_PICTURES = 1024  # pictures that a codebook starts from, at most
 
@@ -134,11 +134,7 @@ class TrainableTokenizer(nn.Module):
 
 
 def add_tokens(
-    batch: Batch,
-    tokenizer: FrozenTokenizer,
-    *,
-    hidden_only: bool = False,
-    fp16: bool = False,
+    batch: Batch, tokenizer: FrozenTokenizer, *, hidden_only: bool = False, fp16: bool = False
 ) -> dict[str, Part]:
     """Add the token ids of the frames and normalise the pixels; no gradient.
 

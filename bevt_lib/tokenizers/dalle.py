@@ -12,7 +12,8 @@ from dall_e import Decoder, Encoder, map_pixels, unmap_pixels
 from dall_e.utils import Conv2d
 from torch import Tensor, nn
 
-from bevt_lib.tokenizers.base import FrozenTokenizer, State, to_unit
+from bevt_lib.tokenizers.base import FrozenTokenizer, to_unit
+from bevt_lib.weights.formats import State
 
 FACTOR = 8  # pixels per id, both ways: three poolings of 2
 

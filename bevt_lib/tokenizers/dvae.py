@@ -81,7 +81,8 @@ class DVAE(TrainableTokenizer):
         return DalleTokenizer(copy.deepcopy(self.encoder), copy.deepcopy(self.decoder))
 
     def forward(self, batch: Batch, noise: Noise) -> dict[str, Term]:
-        """Give the loss for {"picture": {"pixels", "schedule": of :meth:`schedule_at`}}.
+        """Give the loss for {"picture": {"pixels", "schedule": {"temperature", "noise_scale",
+        "decoder_only", "kl_weight", "balance_weight"}}}.
 
         "pixels": float (B, 3, h, w) in 0..1. ``noise["picture"]``: uniform (B, vocab * h/8 * w/8),
         turned into Gumbel noise, so that each picture's draw is its own whatever the batch;

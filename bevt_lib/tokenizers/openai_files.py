@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from bevt_lib.base import distributed
 from bevt_lib.base.files import read_pickle, read_tensors, sha256, write_tensors
-from bevt_lib.tokenizers.base import State
 from bevt_lib.tokenizers.dalle import DalleTokenizer, architecture, build_dalle
+from bevt_lib.weights.formats import State
 
 URL = "https://cdn.openai.com/dall-e/"
 FILES = {"encoder.pkl": Encoder, "decoder.pkl": Decoder}

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from bevt_lib.base import distributed
 from bevt_lib.base.trainable import Batch, Noise, Term
-from bevt_lib.tokenizers.base import CHUNK, FrozenTokenizer, State, TrainableTokenizer, to_unit
+from bevt_lib.tokenizers.base import CHUNK, FrozenTokenizer, TrainableTokenizer, to_unit
+from bevt_lib.weights.formats import State
 
 DECAY = 0.99  # of the codes' moving averages, per step; VQ-VAE, appendix A.1
 COMMITMENT = 0.25  # weight; VQ-VAE, section 3.2
