@@ -10,8 +10,8 @@ from bevt_lib.base.seeds import Purpose, seeded_globals
 from bevt_lib.datasets.synthetic import CLASSES
 from bevt_lib.model.bevt import BEVT
 from bevt_lib.model.classifier import Classifier, init_antisymmetric
-from bevt_lib.tokenizers.base import Tokenizer
-from bevt_lib.tokenizers.load import FrozenTokenizer, load_tokenizer
+from bevt_lib.tokenizers.base import FrozenTokenizer
+from bevt_lib.tokenizers.load import load_tokenizer
 from bevt_lib.weights.load import read_weights, start_classifier, start_pretraining
 
 
@@ -46,7 +46,7 @@ def build_tokenizer(recipe: Pretrain) -> FrozenTokenizer:
     return tokenizer
 
 
-def sized_for(recipe: Pretrain, tokenizer: Tokenizer) -> Pretrain:
+def sized_for(recipe: Pretrain, tokenizer: FrozenTokenizer) -> Pretrain:
     """Give the recipe with the tokenizer's vocabulary and factor."""
     tokens = replace(recipe.tokens, vocab_size=tokenizer.vocab_size, factor=tokenizer.factor)
     return replace(recipe, tokens=tokens)

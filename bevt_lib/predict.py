@@ -24,7 +24,7 @@ from bevt_lib.model.classifier import Classifier
 from bevt_lib.model.masking import mask_budget, mask_in_time
 from bevt_lib.parts import shipped_tokenizer
 from bevt_lib.scoring.classes import score_views
-from bevt_lib.tokenizers.base import Tokenizer, add_tokens
+from bevt_lib.tokenizers.base import FrozenTokenizer, add_tokens
 from bevt_lib.tokenizers.load import load_tokenizer
 from bevt_lib.weights.load import load_model
 
@@ -93,7 +93,7 @@ class Guess(NamedTuple):
 
 
 @torch.no_grad()
-def name_hidden(model: BEVT, tokenizer: Tokenizer, video: str | Path, seed: int = 0) -> Guess:
+def name_hidden(model: BEVT, tokenizer: FrozenTokenizer, video: str | Path, seed: int = 0) -> Guess:
     """Hide a tube of a video and let a pretraining model name it; ``seed`` draws clip and tube.
 
     Raises VideoError for a file that can't be decoded, ValueError for a model without views or

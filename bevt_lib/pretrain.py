@@ -7,7 +7,6 @@ import torch
 
 from bevt_lib.base import distributed
 from bevt_lib.base.config import Pretrain, flatten, run_folder
-from bevt_lib.base.files import digest
 from bevt_lib.base.seeds import Stream
 from bevt_lib.cli import choose, run_command
 from bevt_lib.datasets import synthetic
@@ -18,9 +17,9 @@ from bevt_lib.parts import build_bevt, build_tokenizer, initialise_bevt, sized_f
 from bevt_lib.presets import PRETRAIN, lesson_dvae
 from bevt_lib.scoring import cost
 from bevt_lib.scoring.tokens import TokenScore, score_tokens
-from bevt_lib.tokenizers.base import add_tokens
+from bevt_lib.tokenizers.base import FrozenTokenizer, add_tokens
 from bevt_lib.tokenizers.dalle import DalleTokenizer, build
-from bevt_lib.tokenizers.load import FrozenTokenizer, load_tokenizer
+from bevt_lib.tokenizers.load import load_tokenizer
 from bevt_lib.training import loop
 from bevt_lib.training.optim import total_steps
 from bevt_lib.training.task import Source, Task
@@ -39,12 +38,6 @@ def main(arguments: list[str]) -> None:
             model.save_pretrained(Path(run_folder(recipe)) / "model")
             last = history[-1]
             print(f"step {last['step'] + 1}: loss {last['loss']:.3f}; run in {run_folder(recipe)}")
-
-
-def naming_digest(tokenizer: FrozenTokenizer) -> str:
-    """Sum up what ids depend on: a run isn't to be resumed with another tokenizer."""
-    state = tokenizer.state_dict().items()
-    return digest({k: v for k, v in state if not k.startswith("decoder.")})
 
 
 def global_batches(recipe: Pretrain) -> dict[str, int]:
@@ -75,7 +68,7 @@ def train(recipe: Pretrain) -> tuple[BEVT, list[dict[str, float]]]:
         steps=total_steps(recipe.optim, len(sources[recipe.streams[0]].items)),
         prepare=lambda batch, step: add_tokens(
             batch, tokenizer, hidden_only=True, fp16=recipe.tokens.fp16),
-        config=flatten(recipe) | {"tokens.sha256": naming_digest(tokenizer)},
+        config=flatten(recipe) | {"tokens.sha256": tokenizer.digest()},
     )  # fmt: skip
     run = replace(recipe.run, folder=run_folder(recipe))
     return model, loop.fit(task, recipe.optim, run)

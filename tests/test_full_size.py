@@ -9,7 +9,7 @@ from bevt_lib import parts, pretrain
 from bevt_lib.cli import override
 from bevt_lib.datasets.video import write_video
 from bevt_lib.presets import paper_image, paper_joint
-from bevt_lib.tokenizers.dalle import build, save_tokenizer
+from bevt_lib.tokenizers.dalle import DalleTokenizer, build
 from bevt_lib.weights.load import load_model, read_weights, save_weights
 
 
@@ -18,7 +18,7 @@ def files(tmp_path_factory):
     """DALL-E's whole architecture with random weights, an image stream's, one clip, one picture."""
     folder = tmp_path_factory.mktemp("full")
     torch.manual_seed(0)
-    save_tokenizer(*build(256, 2, 8192), folder / "tokenizer.safetensors")
+    DalleTokenizer(*build(256, 2, 8192)).save(folder / "tokenizer.safetensors")
     image_stream = parts.build_bevt(paper_image())
     save_weights(image_stream.state_dict(), folder / "image_stream.safetensors")
     picture = np.random.default_rng(0).integers(0, 256, (256, 340, 3), dtype=np.uint8)

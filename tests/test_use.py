@@ -90,7 +90,7 @@ def test_predict_on_the_command_line(models, clips, tmp_path):
     page = tmp_path / "clip.mp4"
     page.write_text("<html>")
     for arguments, message in {
-        (str(tmp_path), clip): "no model folder",
+        (str(tmp_path), clip): "not a model folder",
         (str(models / "lesson_what"), str(page)): "clip.mp4",
         (str(models / "lesson_what"), "nowhere.mp4"): "no such video",
         (str(models / "lesson_what"), clip, "--top", "many"): "--top",

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from bevt_lib.base.trainable import collate
 from bevt_lib.model.bevt import BEVT
 from bevt_lib.model.masking import mask_in_time
-from bevt_lib.tokenizers.base import Tokenizer, add_tokens
+from bevt_lib.tokenizers.base import FrozenTokenizer, add_tokens
 from bevt_lib.training.run_folder import read_metrics
 
 GREY = np.array([128, 128, 128], dtype=np.uint8)
@@ -123,7 +123,7 @@ def typical_cells(
 
 
 def code_tiles(
-    tokenizer: Tokenizer, views: np.ndarray, ids: np.ndarray, code: int, number: int = 6
+    tokenizer: FrozenTokenizer, views: np.ndarray, ids: np.ndarray, code: int, number: int = 6
 ) -> np.ndarray:
     """Show one code: uint8 (2 + number, S, S, 3), S the side of ``views``, which ``ids`` name.
 
@@ -162,7 +162,7 @@ def tell_code(ids: np.ndarray, code: int, labels: np.ndarray, names: Sequence[st
 
 @torch.no_grad()
 def prediction_rows(
-    model: BEVT, tokenizer: Tokenizer, stream: str, sample: Mapping[str, np.ndarray]
+    model: BEVT, tokenizer: FrozenTokenizer, stream: str, sample: Mapping[str, np.ndarray]
 ) -> tuple[dict[str, np.ndarray], float]:
     """Show what the model thinks is hidden: four rows of frames, and the share it names right.
 

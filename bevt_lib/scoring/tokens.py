@@ -15,7 +15,7 @@ from bevt_lib.base.distributed import blocks, gather
 from bevt_lib.base.trainable import collate
 from bevt_lib.model.bevt import BEVT
 from bevt_lib.model.masking import mask_in_time
-from bevt_lib.tokenizers.base import Tokenizer, add_tokens
+from bevt_lib.tokenizers.base import FrozenTokenizer, add_tokens
 
 
 class AtDistance(NamedTuple):
@@ -96,7 +96,7 @@ def copy_table(train: Tensor, val: Tensor, vocab_size: int, frames: int) -> Tens
 
 @torch.no_grad()
 def score_tokens(
-    model: BEVT, tokenizer: Tokenizer, stream: str, items, count: int, batch_size: int = 32
+    model: BEVT, tokenizer: FrozenTokenizer, stream: str, items, count: int, batch_size: int = 32
 ) -> TokenScore:
     """Score masked-token prediction on the first ``count`` items of a held-out data set."""
     model.eval()
