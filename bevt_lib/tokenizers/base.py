@@ -1,6 +1,7 @@
 """What all tokenizers share: a base for frozen ones, one for those in training, ids for a batch."""
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ CHUNK = 64  # pictures per forward pass, to bound memory
 START_PICTURES = 1024  # pictures that a codebook starts from, at most
 
 
-class FrozenTokenizer(nn.Module):
+class FrozenTokenizer(nn.Module, ABC):
     """Turn pictures into grids of token ids, and ids into pictures; never trained.
 
     There are ``vocab_size`` ids, each of which stands for ``factor`` x ``factor`` pixels. Always in
@@ -46,13 +47,13 @@ class FrozenTokenizer(nn.Module):
         """Stay in eval mode, whatever the model around it does."""
         return super().train(False)
 
+    @abstractmethod
     def encode_chunk(self, pictures: Tensor) -> Tensor:
         """Give the token ids of a few pictures; shapes as in :meth:`encode`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode_chunk(self, ids: Tensor) -> Tensor:
         """Paint a few grids of ids; shapes as in :meth:`decode`."""
-        raise NotImplementedError
 
     def encode(self, pictures: Tensor) -> Tensor:
         """Give each cell its token id.
@@ -97,7 +98,7 @@ class FrozenTokenizer(nn.Module):
         return self
 
 
-class TrainableTokenizer(nn.Module):
+class TrainableTokenizer(nn.Module, ABC):
     """A tokenizer in training: what its training asks of it beside ``forward``.
 
     ``decoder_channels`` is the number of channels that the decoder paints from.
@@ -116,9 +117,9 @@ class TrainableTokenizer(nn.Module):
         """Count the pictures."""
         return [len(batch["picture"]["pixels"])]
 
+    @abstractmethod
     def start_codebook(self, pixels: Tensor, generator: torch.Generator) -> None:
         """Start the codebook from pictures, float (N, 3, h, w) in 0..1."""
-        raise NotImplementedError
 
     def schedule_at(self, step: int, cycle: int) -> dict[str, float]:
         """Give the settings of ``forward`` at a step, which lies in this cosine (from 0)."""
@@ -128,9 +129,9 @@ class TrainableTokenizer(nn.Module):
         """Move the codes after the optimiser's step; returns numbers for the record."""
         return {}
 
+    @abstractmethod
     def tokenizer(self) -> FrozenTokenizer:
         """Copy the frozen tokenizer out of the model in training."""
-        raise NotImplementedError
 
 
 def add_tokens(
