@@ -20,7 +20,7 @@ import torch
 
 from bevt_lib.base import distributed
 from bevt_lib.base.config import Finetune
-from bevt_lib.cli import choose, run_command
+from bevt_lib.cli import choose, run_command, with_recipe
 from bevt_lib.datasets import synthetic
 from bevt_lib.finetune import CLASSES, build_model, run_folder, score
 from bevt_lib.presets import FINETUNE
@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> None:
     """Read the command line, then plan or evaluate."""
     recipe = choose(PRESETS, arguments, "evaluate")
     if recipe.run.dry_run:
-        print(plan(recipe))
+        print(with_recipe(plan(recipe), recipe))
         return
     with distributed.world():
         result, file = evaluate(recipe)

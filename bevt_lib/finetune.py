@@ -19,7 +19,7 @@ import torch
 from bevt_lib.base import distributed, files
 from bevt_lib.base.config import ClipSpec, Finetune, flatten
 from bevt_lib.base.seeds import Purpose, Stream, seeded_globals
-from bevt_lib.cli import choose, run_command
+from bevt_lib.cli import choose, run_command, with_recipe
 from bevt_lib.datasets import synthetic
 from bevt_lib.datasets.items import LabelledClips, Positions
 from bevt_lib.datasets.lists import leave_out_bad, read_entries, read_list
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> None:
     """Read the command line, then plan or train and test."""
     recipe = choose(FINETUNE, arguments, "finetune")
     if recipe.run.dry_run:
-        print(plan(recipe))
+        print(with_recipe(plan(recipe), recipe))
         return
     with distributed.world():
         model, history, steps = train_of(recipe)

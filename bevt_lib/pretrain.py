@@ -13,7 +13,7 @@ from bevt_lib.base import distributed, files
 from bevt_lib.base.config import ClipSpec, Pretrain, flatten
 from bevt_lib.base.files import digest
 from bevt_lib.base.seeds import Purpose, Stream, seeded_globals
-from bevt_lib.cli import choose, run_command
+from bevt_lib.cli import choose, run_command, with_recipe
 from bevt_lib.datasets import synthetic
 from bevt_lib.datasets.items import Positions, PretrainClips, PretrainImages
 from bevt_lib.datasets.lists import leave_out_bad, read_entries, read_image_folder, read_list
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> None:
     """Read the command line, then plan or train."""
     recipe = choose(PRETRAIN, arguments, "pretrain")
     if recipe.run.dry_run:
-        print(plan(recipe))
+        print(with_recipe(plan(recipe), recipe))
         return
     with distributed.world():
         model, history = train(recipe)

@@ -21,7 +21,7 @@ from torch import Tensor
 from bevt_lib import pretrain
 from bevt_lib.base import distributed
 from bevt_lib.base.files import data_folder
-from bevt_lib.cli import run_command
+from bevt_lib.cli import parse, run_command
 from bevt_lib.presets import lesson_image
 from bevt_lib.tokenizers.base import psnr, usage
 from bevt_lib.tokenizers.baselines import cells_of, mean_colours, name_cells, nearest_code
@@ -184,16 +184,19 @@ def write(table: Table) -> str:
     return "\n".join(row.rstrip() for row in rows)
 
 
+@dataclass
+class Options:
+    """What the command line says."""
+
+    files: tuple[str, ...]  # NAME=FILE of each tokenizer; none: the shipped ones
+    json: str = ""  # file to write the table into, too
+
+
 def main(arguments: list[str]) -> None:
     """Read the command line, print the table."""
-    words = list(arguments)
-    target = ""
-    if "--json" in words:
-        place = words.index("--json")
-        target = (words[place + 1 : place + 2] or [""])[0]
-        del words[place : place + 2]
-    pairs = [word.partition("=") for word in words]
-    if any(not path for _, _, path in pairs) or ("--json" in arguments and not target):
+    given = parse(Options, arguments, "python -m bevt_lib.tokenizer_scores", __doc__)
+    pairs = [word.partition("=") for word in given.files]
+    if not all(path for _, _, path in pairs):
         raise ValueError("usage: python -m bevt_lib.tokenizer_scores [NAME=FILE ...] [--json FILE]")
     shipped = {n: data_folder() / "weights" / f"{n}.safetensors" for n in SHIPPED}
     networks = {
@@ -201,9 +204,9 @@ def main(arguments: list[str]) -> None:
     }
     table = compare({n: Path(path) for n, _, path in pairs} or shipped, networks)
     print(write(table))
-    if target:
+    if given.json:
         rows = {name: asdict(score) for name, score in table.items()}
-        Path(target).write_text(json.dumps(rows, indent=1) + "\n")
+        Path(given.json).write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

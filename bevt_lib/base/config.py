@@ -250,6 +250,24 @@ class TrainPeco:
 
 Recipe = Pretrain | Finetune | TrainTokenizer | TrainPeco
 
+# Fields, by the beginnings of their names, that mean nothing to a command: not options of it.
+UNUSED = {
+    "pretrain": ("data.val_list", "data.class_list", "run.test_clips"),
+    "finetune": ("data.jitter", "data.image_", "optim.images", "optim.loss_weights"),
+    "evaluate": (
+        "data.jitter", "data.image_", "data.video_list", "data.bad_share", "data.expected_items",
+        "model.drop_path", "model.linear_std", "optim", "smoothing", "dropout", "flip",
+        "crop", "rand_augment", "erasing", "val_epochs", "antisymmetric", "default_init",
+        "run.stop_after", "run.save_every", "run.keep", "run.micro_batch", "run.precision",
+        "run.checkpoint_", "run.compile",
+    ),
+    "train_tokenizer": (
+        "data.frames", "data.interval", "data.jitter", "data.video_", "data.image_list",
+        "data.val_list", "data.class_list", "data.decoder", "tokens.weights", "tokens.fp16",
+        "optim.clips", "optim.loss_weights", "run.init", "run.test_clips",
+    ),
+}  # fmt: skip
+
 
 def flatten(recipe: Any, prefix: str = "") -> dict[str, Any]:
     """List a recipe's fields as {"section.field": value}, in order."""
