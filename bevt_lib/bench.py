@@ -44,7 +44,7 @@ class Options:
 
     list: str = ""  # your own list of videos; empty: rendered ones
     root: str = "."  # folder of that list's files
-    rate: float | None = None  # clips a second that one GPU trains; None: scoring.cost's estimate
+    rate: float = 0.0  # clips a second that one GPU trains; 0: what scoring.cost assumes
     processes: int = 1  # processes at the same time
     rounds: int = 5  # turns of each; medians are printed
     clips: int = 8  # clips a turn
@@ -52,8 +52,8 @@ class Options:
 
 def main(arguments: list[str]) -> None:
     """Read the command line, render, measure, print."""
-    given = parse(Options, arguments, "python -m bevt_lib.bench", __doc__)
-    if min(given.processes, given.rounds, given.clips, given.rate or 1) <= 0:
+    given = parse(Options, arguments, "python -m bevt_lib.bench", __doc__ or "")
+    if min(given.processes, given.rounds, given.clips) < 1 or given.rate < 0:
         raise ValueError("--processes, --rounds, --clips and --rate are more than 0")
     with tempfile.TemporaryDirectory() as folder:
         films = (Path(given.list), Path(given.root)) if given.list else render(Path(folder))
@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> None:
                 with Pool(given.processes) as pool:
                     rates = pool.starmap(measure, jobs)
             mean = {name: float(np.mean([r[name] for r in rates])) for name in rates[0]}
-            print(report(recipe, mean, given.rate), flush=True)
+            print(report(recipe, mean, given.rate or None), flush=True)
 
 
 def render(folder: Path) -> tuple[Path, Path]:

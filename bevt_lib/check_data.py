@@ -41,7 +41,7 @@ class Options:
 
 def main(arguments: list[str]) -> None:
     """Read the command line, check what the report doesn't hold yet, and sum up."""
-    given = parse(Options, arguments, "python -m bevt_lib.check_data", __doc__)
+    given = parse(Options, arguments, "python -m bevt_lib.check_data", __doc__ or "")
     if given.workers < 1 or given.timeout <= 0:
         raise ValueError("--workers is 1 or more, --timeout more than 0 seconds")
     if given.list.is_dir():

@@ -14,7 +14,6 @@ import sys
 import textwrap
 import typing
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,12 @@ from bevt_lib.training.run_folder import ITEMS, RENAMED
 
 RECORDED = (ITEMS, "tokens.sha256")  # what a run writes into config.json beside its recipe
 ABOUT_FILES = """
+    --config FILE takes values from a file: a run's config.json (or its folder), what --run.dry-run
+    printed, or some {"section.field": value} of your own. They replace the preset's values, and
+    options replace them. Without PRESET, the file's "name" says which one.
 
---config FILE takes values from a file: a run's config.json (or its folder), what --run.dry-run
-printed, or some {"section.field": value} of your own. They replace the preset's values, and options
-replace them. Without PRESET the file's "name" chooses it.
-
---run.dry-run prints the plan and below it the recipe as such a file: keep it, diff it, share it."""
+    --run.dry-run prints the plan, and below it the recipe as such a file: to keep, diff and share.
+"""
 
 
 def choose(presets: dict[str, Callable[[], Any]], arguments: Sequence[str], command: str) -> Any:
@@ -54,7 +53,7 @@ def choose(presets: dict[str, Callable[[], Any]], arguments: Sequence[str], comm
     unused = UNUSED.get(command, ())
     held = [f"{option(key)}={as_text(value)}"
             for key, value in values.items() if not key.startswith(unused)]  # fmt: skip
-    text = inspect.cleandoc(presets[name].__doc__ or "") + ABOUT_FILES
+    text = f"{presets[name].__doc__}{ABOUT_FILES}"
     return parse(presets[name](), held + words, f"{prog} {name}", text, unused)
 
 
@@ -86,7 +85,7 @@ def with_recipe(plan: str, recipe: Any) -> str:
 
 
 def parse(
-    form: Any, words: Sequence[str], prog: str = "", text: str | None = "",
+    form: Any, words: Sequence[str], prog: str = "", text: str = "",
     unused: tuple[str, ...] = (),
 ) -> Any:  # fmt: skip
     """Read words into a dataclass; or print its help, under ``text``, and exit.
@@ -101,12 +100,14 @@ def parse(
     def explain(event: _errors.ParseErrorEvent) -> None:
         raise ValueError(one_line(event, words, known, unused)) from None
 
+    if {"-h", "--help"} & set(words):
+        print(inspect.cleandoc(text), end="\n\n")
     recipe = None if isinstance(form, type) else form
     known = list(flatten(recipe) if recipe else form.__dataclass_fields__)
     with _errors.on_parse_error(explain):
         return tyro.cli(
             type(recipe) if recipe else form, default=recipe or tyro.MISSING_NONPROP, args=words,
-            prog=prog, description=text, registry=reading_rules(recipe, unused),
+            prog=prog, description="", registry=reading_rules(recipe, unused),
             config=(conf.FlagConversionOff, conf.PositionalRequiredArgs,
                     conf.PositionalMetavarFromFieldName),
         )  # fmt: skip
@@ -114,6 +115,7 @@ def parse(
 
 def reading_rules(recipe: Any, unused: tuple[str, ...]) -> Any:
     """Tell tyro how we write switches and a recipe's tuples, and which fields are left out."""
+    from tyro import conf
     from tyro import constructors as c
 
     rules, registry = c.ConstructorRegistry(), c.ConstructorRegistry
@@ -146,16 +148,16 @@ def reading_rules(recipe: Any, unused: tuple[str, ...]) -> Any:
             is_instance=lambda value: True,
         )  # fmt: skip
 
-    kept = {}
+    shown, suppress = {}, typing.cast(Any, conf.Suppress)
     sections = {"": recipe, **{f"{k}.": v for k, v in vars(recipe).items()}} if recipe else {}
     for start, part in sections.items():
         if dataclasses.is_dataclass(part):
             info = c.StructTypeInfo.make(type(part), part, in_union_context=False)
             spec: Any = registry.get_struct_spec(info)
-            fields = tuple(f for f in spec.fields if not (start + f.name).startswith(unused))
-            make: Any = partial(dataclasses.replace, part)
-            kept[type(part)] = c.StructConstructorSpec(make, fields)
-    rules.struct_rule(lambda info: kept.get(info.type))
+            shown[type(part)] = dataclasses.replace(spec, fields=tuple(
+                dataclasses.replace(f, type=suppress[f.type])
+                if (start + f.name).startswith(unused) else f for f in spec.fields))  # fmt: skip
+    rules.struct_rule(lambda info: shown.get(info.type))
     return rules
 
 

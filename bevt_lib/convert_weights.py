@@ -33,7 +33,7 @@ class Options:
 
 def main(arguments: list[str]) -> None:
     """Read the command line, convert, and print the table."""
-    given = parse(Options, arguments, "python -m bevt_lib.convert_weights", __doc__)
+    given = parse(Options, arguments, "python -m bevt_lib.convert_weights", __doc__ or "")
     print(convert(given.file, given.out, given.to))
 
 

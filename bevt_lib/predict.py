@@ -41,7 +41,7 @@ class Options:
 
 def main(arguments: list[str]) -> None:
     """Read the command line and print what the model says."""
-    given = parse(Options, arguments, "python -m bevt_lib.predict", __doc__)
+    given = parse(Options, arguments, "python -m bevt_lib.predict", __doc__ or "")
     model = load_model(given.folder).to(distributed.device())
     if isinstance(model, Classifier):
         for name, probability in classify(model, given.video)[: given.top]:

@@ -194,7 +194,7 @@ class Options:
 
 def main(arguments: list[str]) -> None:
     """Read the command line, print the table."""
-    given = parse(Options, arguments, "python -m bevt_lib.tokenizer_scores", __doc__)
+    given = parse(Options, arguments, "python -m bevt_lib.tokenizer_scores", __doc__ or "")
     pairs = [word.partition("=") for word in given.files]
     if not all(path for _, _, path in pairs):
         raise ValueError("usage: python -m bevt_lib.tokenizer_scores [NAME=FILE ...] [--json FILE]")
