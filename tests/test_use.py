@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from test_doors import run
+from test_cli import run
 
 from bevt_lib import finetune, pretrain
 from bevt_lib.datasets import synthetic
