@@ -41,7 +41,7 @@ def choose(presets: dict[str, Callable[[], Any]], arguments: Sequence[str], comm
         print(f"usage: {prog} PRESET [--config FILE] [--section.field value ...]\n\npresets:")
         for name, preset in presets.items():
             text = f"  {name:16}{inspect.cleandoc(preset.__doc__ or '').splitlines()[0]}"
-            print(textwrap.fill(text, 90, subsequent_indent=" " * 18))
+            print(textwrap.fill(text, 90, subsequent_indent=" " * 18, break_on_hyphens=False))
         print("\nPRESET --help explains a preset and its fields")
         raise SystemExit(0 if words else 2)
     name = "" if words[0].startswith("-") else words.pop(0)
@@ -80,7 +80,11 @@ def take_config(words: list[str]) -> dict[str, Any]:
 
 def with_recipe(plan: str, recipe: Any) -> str:
     """Give what a dry run prints: the plan, an empty line, and the recipe as JSON for --config."""
-    fields = {key: value for key, value in flatten(recipe).items() if key != "run.dry_run"}
+    fields = {
+        key: int(value) if isinstance(value, float) and value.is_integer() else value
+        for key, value in flatten(recipe).items()
+        if key != "run.dry_run"
+    }
     return f"{plan}\n\n{json.dumps(fields, indent=1)}"
 
 
