@@ -70,12 +70,13 @@ def take_config(words: list[str]) -> dict[str, Any]:
     end = place + 1 + ("=" not in words[place])
     path = Path("=".join(words[place:end]).partition("=")[2])
     del words[place:end]
-    text = (path / "config.json" if path.is_dir() else path).read_text(errors="replace")
+    file = path / "config.json" if path.is_dir() else path
+    text = file.read_text(encoding="utf-8", errors="replace")
     try:
         found = json.loads(text[text.rfind("\n{") + 1 :])  # above it a dry run prints its plan
         return {RENAMED.get(k, k): v for k, v in found.items() if not k.startswith(RECORDED)}
     except (ValueError, AttributeError):
-        raise ValueError(f'{path} is not a valid JSON of {{"section.field": value}}') from None
+        raise ValueError(f'{file} is not a valid JSON of {{"section.field": value}}') from None
 
 
 def with_recipe(plan: str, recipe: Any) -> str:
@@ -89,9 +90,8 @@ def with_recipe(plan: str, recipe: Any) -> str:
 
 
 def parse(
-    form: Any, words: Sequence[str], prog: str = "", text: str = "",
-    unused: tuple[str, ...] = (),
-) -> Any:  # fmt: skip
+    form: Any, words: Sequence[str], prog: str = "", text: str = "", unused: tuple[str, ...] = ()
+) -> Any:
     """Read words into a dataclass; or print its help, under ``text``, and exit.
 
     ``form`` is a class, whose fields without a default are positional, or a recipe, of which fields
@@ -165,9 +165,7 @@ def reading_rules(recipe: Any, unused: tuple[str, ...]) -> Any:
     return rules
 
 
-def one_line(
-    event: Any, words: Sequence[str], known: Iterable[str], unused: tuple[str, ...]
-) -> str:
+def one_line(event: Any, words: Sequence[str], known: list[str], unused: tuple[str, ...]) -> str:
     """Say in one line what tyro found wrong with words."""
     from tyro import _errors as found
 

@@ -36,7 +36,7 @@ LISTED = 20  # unreadable videos named on the screen; the file names all
 class Evaluate(Finetune):
     """A fine-tuning recipe, and what to do with its result."""
 
-    split: str = "test"  # of the embedded clips; names the file of scores
+    split: str = "test"  # val, test or test_unseen of the embedded clips; names the scores' file
     allow_missing: bool = False  # give a figure although some videos can't be read
 
 
