@@ -187,7 +187,7 @@ def one_line(event: Any, words: Sequence[str], known: list[str], unused: tuple[s
             return f"{' '.join(named or typed.values())}: {message}"
     flag = event.argument.lowered.name_or_flags[-1]
     if isinstance(event, found.BadValue):
-        return f"option {flag} needs a value"
+        return f"option {flag} needs a value (usage: {event.prog} --help)"
     return f"{typed.get(field_of(flag), flag)}: {event.argument.lowered.metavar} expected"
 
 
