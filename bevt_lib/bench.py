@@ -21,10 +21,11 @@ import torch
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
-from bevt_lib import finetune, pretrain
+from bevt_lib import parts, pretrain
 from bevt_lib.base.config import Finetune, Pretrain
 from bevt_lib.base.files import data_folder
 from bevt_lib.cli import parse, run_command
+from bevt_lib.datasets import sources
 from bevt_lib.datasets.augment import one_thread
 from bevt_lib.datasets.items import LabelledClips, PretrainClips
 from bevt_lib.datasets.video import Video, read_frames
@@ -143,9 +144,9 @@ def measure(recipe: Pretrain | Finetune, rounds: int, clips: int, process: int) 
     torch.set_num_threads(1)
     items: PretrainClips | LabelledClips
     if isinstance(recipe, Pretrain):
-        items = pretrain.build_items(recipe, "video")
+        items = sources.pretraining_items(recipe, "video")
     else:
-        items = finetune.build_items(recipe)
+        items = sources.labelled_items(recipe)
     first = process * rounds * clips
 
     def decode(read: Callable[..., np.ndarray]) -> Callable[[int], np.ndarray]:
@@ -168,7 +169,7 @@ def measure(recipe: Pretrain | Finetune, rounds: int, clips: int, process: int) 
         if same:
             work[name] = decode(read)
     if isinstance(recipe, Pretrain):
-        images = pretrain.build_items(recipe, "image")
+        images = sources.pretraining_items(recipe, "image")
         work["images, decode + augment"] = lambda n: images.sample(n, n % len(images))
     rates: dict[str, list[float]] = {name: [] for name in work}
     for start in range(first, first + rounds * clips, clips):
@@ -184,13 +185,13 @@ def assumed_rate(recipe: Pretrain | Finetune) -> float:
     """Give the clips a second of one GPU by the assumptions of ``bevt_lib.scoring.cost``."""
     with torch.device("meta"):
         if isinstance(recipe, Pretrain):
-            model = pretrain.build_model(recipe)
+            model = parts.build_bevt(recipe)
             tokenizer = DalleTokenizer(*build(256, 2, recipe.tokens.vocab_size))
             batches = pretrain.global_batches(recipe)
             items = {s: cost.token_item(recipe, model, tokenizer, s) for s in batches}
         else:
             batches = {"clip": recipe.optim.clips}
-            items = {"clip": cost.clip_item(recipe, finetune.build_model(recipe))}
+            items = {"clip": cost.clip_item(recipe, parts.build_classifier(recipe))}
     student, frozen = (
         sum(n * getattr(items[s], field) for s, n in batches.items())
         for field in ("student", "tokenizer")

@@ -55,8 +55,8 @@ def convert(source: Path, target: Path, format: str = "ours") -> str:
     if format == "ours" and not as_file:
         model = build_model(found, source)
         model.save_pretrained(target)
-        told = architecture(found.state, found.tokens) | {"released quirks": needs_quirks(found)}
-        what = f"model folder {target}: " + ", ".join(f"{k} {v}" for k, v in told.items())
+        shape = architecture(found.state, found.tokens) | {"released quirks": needs_quirks(found)}
+        what = f"model folder {target}: " + ", ".join(f"{k} {v}" for k, v in shape.items())
         if found.tokenizer:
             save_weights(found.tokenizer, target / TOKENIZER_FILE)
             report.taken += [f"tokenizer.{k}" for k in found.tokenizer]
@@ -85,14 +85,14 @@ def build_model(found: Recognised, source: Path) -> BEVT | Classifier:
         load_strict(model, found.state, str(source))
     except ValueError as error:
         raise ValueError(
-            f"{source} is no whole model ({error}): write a file, OUT.safetensors, and start a "
+            f"{source} is not a whole model ({error}): write a file, OUT.safetensors, and start a "
             "training from it with --run.init"
         ) from None
     return model
 
 
 def needs_quirks(found: Recognised) -> bool:
-    """Tell whether the model needs the released quirks: its weights were trained with them."""
+    """Whether the model needs the released quirks: its weights were trained with them."""
     return found.format in ("bevt", "torchvision")
 
 

@@ -3,7 +3,7 @@
 MODEL: a weights file, a folder of a model or a checkpoint, or a run's (its latest checkpoint). It
 must fit the preset's classifier whole, head included. What is tested: the videos of
 --data.val-list under --data.video-root, or an embedded split (--split val | test | test_unseen),
-each by the preset's test views. RUN/scores_<split>.jsonl (--run.folder RUN) tells what the model
+each by the preset's test views. RUN/scores_<split>.jsonl (--run.folder RUN) holds what the model
 says of each video.
 
 A published figure is one of all videos: where some can't be read the scores are written, the
@@ -19,13 +19,14 @@ from pathlib import Path
 import torch
 
 from bevt_lib.base import distributed
-from bevt_lib.base.config import Finetune
+from bevt_lib.base.config import Finetune, run_folder
 from bevt_lib.cli import choose, run_command, with_recipe
 from bevt_lib.datasets import synthetic
-from bevt_lib.finetune import CLASSES, build_model, run_folder, score
+from bevt_lib.datasets.synthetic import CLASSES
+from bevt_lib.parts import build_classifier
 from bevt_lib.presets import FINETUNE
 from bevt_lib.scoring import cost
-from bevt_lib.scoring.classes import ClassScore
+from bevt_lib.scoring.classes import ClassScore, score_split
 from bevt_lib.training import checkpoint, loop
 from bevt_lib.weights.load import load_strict, read_weights
 
@@ -78,23 +79,21 @@ def evaluate(recipe: Evaluate) -> tuple[ClassScore, Path]:
     if recipe.split != "test" and recipe.data.val_list:
         raise ValueError(f"--split {recipe.split} is one of the embedded clips: drop it, or the "
                          "--data.val-list")  # fmt: skip
-    if recipe.run.threads:
-        torch.set_num_threads(recipe.run.threads)
-    loop.be_deterministic(recipe.run.deterministic)
+    loop.set_up(recipe.run)
     source = weights_of(Path(recipe.run.init))
-    model = build_model(recipe).to(distributed.device())
+    model = build_classifier(recipe).to(distributed.device())
     load_strict(model, read_weights(source), str(source))
     distributed.once_per_node(synthetic.render, needed=not recipe.data.val_list)
     file = Path(run_folder(recipe)) / f"scores_{recipe.split}.jsonl"
     if distributed.rank() == 0:
         print(f"model: {source}")
-    result = score(recipe, model, recipe.split, recipe.run.test_clips, file)
+    result = score_split(recipe, model, recipe.split, recipe.run.test_clips, file)
     if result.unread and distributed.rank() == 0:
         print(*result.unread[:LISTED], sep="\n", file=sys.stderr)
     if result.unread and not recipe.allow_missing:
         raise ValueError(
             f"{len(result.unread)} of {result.clips + len(result.unread)} videos can't be read "
-            f"(see {file}): mend them, or add --allow-missing for a figure without them"
+            f"(see {file}): fix them, or add --allow-missing for a figure without them"
         )
     return result, file
 
@@ -112,7 +111,7 @@ def weights_of(path: Path) -> Path:
 def plan(recipe: Evaluate) -> str:
     """Describe an evaluation before its first video; nothing is read."""
     with torch.device("meta"):
-        model = build_model(recipe)
+        model = build_classifier(recipe)
     views = recipe.test_clips * recipe.test_crops
     return cost.write({
         "preset": recipe.name,

@@ -14,15 +14,17 @@ import torch
 
 from bevt_lib.base import distributed
 from bevt_lib.base.config import ClipSpec
+from bevt_lib.base.trainable import collate
 from bevt_lib.cli import parse, run_command
 from bevt_lib.datasets.items import LabelledClips, PretrainClips
 from bevt_lib.datasets.lists import Entry
-from bevt_lib.model.bevt import BEVT
+from bevt_lib.datasets.sources import hide_tubes
+from bevt_lib.model.bevt import BEVT, STRIDE
 from bevt_lib.model.classifier import Classifier
 from bevt_lib.model.masking import mask_budget, mask_in_time
-from bevt_lib.pretrain import STRIDE, hide_tubes, shipped_tokenizer
+from bevt_lib.parts import shipped_tokenizer
 from bevt_lib.scoring.classes import score_views
-from bevt_lib.tokenizers.base import Tokenizer, add_tokens
+from bevt_lib.tokenizers.base import FrozenTokenizer, add_tokens
 from bevt_lib.tokenizers.load import load_tokenizer
 from bevt_lib.weights.load import load_model
 
@@ -93,7 +95,7 @@ class Guess(NamedTuple):
 
 
 @torch.no_grad()
-def name_hidden(model: BEVT, tokenizer: Tokenizer, video: str | Path, seed: int = 0) -> Guess:
+def name_hidden(model: BEVT, tokenizer: FrozenTokenizer, video: str | Path, seed: int = 0) -> Guess:
     """Hide a tube of a video and let a pretraining model name it; ``seed`` draws clip and tube.
 
     Raises VideoError for a file that can't be decoded, ValueError for a model without views or
@@ -114,8 +116,7 @@ def name_hidden(model: BEVT, tokenizer: Tokenizer, video: str | Path, seed: int 
     )  # fmt: skip
     sample = items.sample(0, 0)
     device = next(model.parameters()).device
-    batch = {k: torch.from_numpy(value)[None].to(device) for k, value in sample.items()}
-    part = add_tokens({"video": batch}, tokenizer)["video"]
+    part = add_tokens({"video": collate([sample], device)}, tokenizer)["video"]
     named = model.eval().predict("video", part["pixels"], part["mask"])[0]
     hidden = mask_in_time(part["mask"], model.frames_per_step["video"])[0]
     return Guess(sample, hidden.cpu().numpy(), part["ids"][0].cpu().numpy(), named.cpu().numpy())

@@ -45,22 +45,17 @@ SMALL_DATA = replace(LESSON_DATA, frames=16, workers=6)
 
 
 def lesson_dvae() -> TrainTokenizer:
-    """DALL-E's tokenizer, narrow, with 256 words, on the embedded training pictures.
+    """DALL-E's tokenizer, narrow, with 256 token ids, on the embedded training pictures.
 
     Trains on 32 px views of 64 px crops, the scale at which BEVT shows it 48 px views of 96 px
-    crops. After 4,500 steps with Gumbel noise, 2,500 choose words as in use, without noise, and
+    crops. After 4,500 steps with Gumbel noise, 2,500 choose ids as in use, without noise, and
     1,200 train the decoder alone to paint them. One CPU core; ours, no paper row.
     """
     return TrainTokenizer(
-        name="lesson_dvae",
-        data=replace(LESSON_DATA, size=64),
-        tokens=LESSON_TOKENS,
+        name="lesson_dvae", data=replace(LESSON_DATA, size=64), tokens=LESSON_TOKENS,
         optim=Optim(lr=4e-3, weight_decay=0.0, images=32, steps=4500, warmup=100, clip_norm=3.0,
                     restarts=((2500, 0.5), (1200, 0.5)), rules=(("encoder", 0.5, 1.0),)),
-        hidden=32,
-        blocks=1,
-        kl_weight=(0.0, 0.0),
-        balance_weight=0.1,
+        hidden=32, blocks=1, kl_weight=(0.0, 0.0), balance_weight=0.1,
     )  # fmt: skip
 
 
@@ -74,29 +69,19 @@ def lesson_peco() -> TrainPeco:
     0.02; but 0.40 from the lesson dVAE's, 0.43 from k-means's): ``tokenizer_scores``.
     """
     return TrainPeco(
-        name="lesson_peco",
-        data=LESSON_DATA,
-        tokens=LESSON_TOKENS,
+        name="lesson_peco", data=LESSON_DATA, tokens=LESSON_TOKENS,
         optim=Optim(lr=1e-3, weight_decay=0.0, images=16, steps=4000, warmup=100, clip_norm=3.0),
-        hidden=32,
-        blocks=1,
-        code_dim=32,
-        perceptual_side=64,
-        perceptual_weight=2.0,
-    )
+        hidden=32, blocks=1, code_dim=32, perceptual_side=64, perceptual_weight=2.0,
+    )  # fmt: skip
 
 
 def lesson_image() -> Pretrain:
     """Image-stream pretraining on the embedded stills. Two CPU cores; ours, no paper row."""
     return Pretrain(
-        name="lesson_image",
-        streams=("image",),
-        model=LESSON_MODEL,
-        data=LESSON_DATA,
-        tokens=LESSON_TOKENS,
-        masking=LESSON_MASKING,
+        name="lesson_image", streams=("image",), model=LESSON_MODEL, data=LESSON_DATA,
+        tokens=LESSON_TOKENS, masking=LESSON_MASKING,
         optim=Optim(lr=3e-3, images=32, steps=2200, warmup=100, clip_norm=3.0, rules=LESSON_RULES),
-    )
+    )  # fmt: skip
 
 
 def lesson_joint() -> Pretrain:
@@ -105,57 +90,34 @@ def lesson_joint() -> Pretrain:
     Two CPU cores; ours, no paper row.
     """
     return Pretrain(
-        name="lesson_joint",
-        streams=("video", "image"),
-        model=LESSON_MODEL,
-        data=LESSON_DATA,
-        tokens=LESSON_TOKENS,
-        masking=LESSON_MASKING,
+        name="lesson_joint", streams=("video", "image"), model=LESSON_MODEL, data=LESSON_DATA,
+        tokens=LESSON_TOKENS, masking=LESSON_MASKING,
         optim=Optim(
             lr=2e-3, clips=8, images=8, steps=1400, warmup=100, clip_norm=3.0, rules=LESSON_RULES
         ),
-        keep_token_head=True,
-        default_init="weights/lesson_image.safetensors",
-        needs_init=True,
-    )
-
-
-def lesson_how() -> Finetune:
-    """Recognise how a clip moves (8 motions) from raw frames. Two CPU cores; ours, no paper row."""
-    return Finetune(
-        name="lesson_how",
-        task="how",
-        num_classes=8,
-        model=LESSON_MODEL,
-        data=LESSON_DATA,
-        optim=Optim(lr=1e-3, clips=16, steps=800, warmup=100, clip_norm=3.0, rules=LESSON_RULES),
-        flip=False,
-        antisymmetric=1.0,  # else still appearance drowns motion for a long time
-        crop="random",
-        test_clips=3,
-        test_crops=1,
-        default_init="weights/lesson_joint.safetensors",
-    )
+        keep_token_head=True, default_init="weights/lesson_image.safetensors", needs_init=True,
+    )  # fmt: skip
 
 
 def lesson_what() -> Finetune:
     """Recognise what moves (8 kinds of object). Two CPU cores; ours, no paper row."""
     return Finetune(
-        name="lesson_what",
-        task="what",
-        num_classes=8,
-        model=LESSON_MODEL,
-        data=LESSON_DATA,
+        name="lesson_what", task="what", num_classes=8, model=LESSON_MODEL, data=LESSON_DATA,
         optim=Optim(lr=1e-3, clips=16, steps=800, warmup=100, clip_norm=3.0, rules=LESSON_RULES),
-        crop="random",
-        test_clips=3,
-        test_crops=1,
-        default_init="weights/lesson_joint.safetensors",
-    )
+        crop="random", test_clips=3, test_crops=1, default_init="weights/lesson_joint.safetensors",
+    )  # fmt: skip
+
+
+def lesson_how() -> Finetune:
+    """Recognise how a clip moves (8 motions) from raw frames. Two CPU cores; ours, no paper row.
+
+    All 3D patch filters start antisymmetric in time, which overwrites half of each pretrained one.
+    """
+    return replace(lesson_what(), name="lesson_how", task="how", flip=False, antisymmetric=1.0)
 
 
 def small_dvae() -> TrainTokenizer:
-    """A wider tokenizer with 1024 words, on 48 px views as BEVT shows them.
+    """A wider tokenizer with 1024 token ids, on 48 px inputs as BEVT shows them.
 
     One GPU, about 4 minutes on an A100 at the share of its peak that ``cost`` assumes for Swin.
     Command: python -m bevt_lib.train_tokenizer small_dvae.
@@ -164,29 +126,22 @@ def small_dvae() -> TrainTokenizer:
     Ours, no paper row. Not run by us: no number to expect.
     """
     return TrainTokenizer(
-        name="small_dvae",
-        data=replace(LESSON_DATA, workers=6),
-        tokens=Tokens(vocab_size=1024),
+        name="small_dvae", data=replace(LESSON_DATA, workers=6), tokens=Tokens(vocab_size=1024),
         optim=Optim(lr=2e-3, weight_decay=0.0, images=128, steps=6000, warmup=200, clip_norm=3.0,
                     restarts=((3000, 0.5), (1500, 0.5)), rules=(("encoder", 0.5, 1.0),)),
-        hidden=64,
-        kl_weight=(0.0, 0.0),
-        balance_weight=0.1,
+        hidden=64, kl_weight=(0.0, 0.0), balance_weight=0.1,
     )  # fmt: skip
 
 
 def small_image() -> Pretrain:
-    """Image-stream pretraining on the embedded stills, in the shipped lesson tokenizer's words.
+    """Image-stream pretraining on the embedded stills, with the shipped lesson tokenizer's ids.
 
     One GPU, by its plan about 3 minutes on an A100. Command: python -m bevt_lib.pretrain
     small_image.
     Ours, no paper row. Not run by us: no number to expect.
     """
     return Pretrain(
-        name="small_image",
-        streams=("image",),
-        model=SMALL_MODEL,
-        data=SMALL_DATA,
+        name="small_image", streams=("image",), model=SMALL_MODEL, data=SMALL_DATA,
         tokens=LESSON_TOKENS,
         optim=Optim(lr=1.5e-3, images=256, steps=6000, warmup=300, clip_norm=3.0,
                     rules=LESSON_RULES),
@@ -201,15 +156,11 @@ def small_joint() -> Pretrain:
     Ours, no paper row. Not run by us: no number to expect.
     """
     return Pretrain(
-        name="small_joint",
-        streams=("video", "image"),
-        model=SMALL_MODEL,
-        data=SMALL_DATA,
+        name="small_joint", streams=("video", "image"), model=SMALL_MODEL, data=SMALL_DATA,
         tokens=LESSON_TOKENS,
         optim=Optim(lr=1e-3, clips=64, images=64, steps=4000, warmup=200, clip_norm=3.0,
                     rules=LESSON_RULES),
-        keep_token_head=True,
-        needs_init=True,
+        keep_token_head=True, needs_init=True,
     )  # fmt: skip
 
 
@@ -221,17 +172,12 @@ def small_what() -> Finetune:
     expect (chance: 0.125).
     """
     return Finetune(
-        name="small_what",
-        task="what",
-        num_classes=8,
-        model=SMALL_MODEL,
-        data=SMALL_DATA,
+        name="small_what", task="what", num_classes=8, model=SMALL_MODEL, data=SMALL_DATA,
         optim=Optim(lr=5e-4, clips=64, steps=3000, warmup=200, clip_norm=3.0, rules=LESSON_RULES),
         crop="random",
         test_clips=1,  # a view shows all frames
-        test_crops=1,
-        val_epochs=5,
-    )
+        test_crops=1, val_epochs=5,
+    )  # fmt: skip
 
 
 def small_how() -> Finetune:
@@ -245,11 +191,11 @@ def small_how() -> Finetune:
 
 
 def paper_dvae() -> TrainTokenizer:
-    """DALL-E's tokenizer by DALL-E's objective, on pictures of one's own.
+    """DALL-E's tokenizer by DALL-E's objective, on your own pictures.
 
     Paper: its ids are the targets of BEVT's main rows; with OpenAI's two files nothing is to train.
-    Command: torchrun on 8 nodes of 8 GPUs with --data.image-root. Of DALL-E's appendix A.2, told
-    from memory: views of 256 px, batch 512 on 64 GPUs, 3 M steps, AdamW with weight decay 1e-4, the
+    Command: torchrun on 8 nodes of 8 GPUs with --data.image-root. Of DALL-E's appendix A.2, from
+    memory: views of 256 px, batch 512 on 64 GPUs, 3 M steps, AdamW with weight decay 1e-4, the
     rate down a cosine of 1.2 M steps to 1.25e-6, temperature in 150,000 steps, KL weight in 5,000,
     average of the weights at 0.999. ASSUMED: ImageNet-1K in place of its 250 M pictures; its crops
     (short side 256 to 320); bf16 autocast. Not run by us: needs 64 GPUs and ImageNet-1K.
@@ -260,11 +206,7 @@ def paper_dvae() -> TrainTokenizer:
         tokens=Tokens(),
         optim=Optim(lr=1e-4, weight_decay=1e-4, images=512, steps=3_000_000,
                     cosine_steps=1_200_000, last_share=0.0125, ema=0.001),
-        temperature_steps=150_000,
-        kl_steps=5_000,
-        quick_start=False,
-        view=256,
-        watch_every=10_000,
+        temperature_steps=150_000, kl_steps=5_000, quick_start=False, view=256, watch_every=10_000,
         run=Run(save_every=5_000),
     )  # fmt: skip
 
@@ -275,20 +217,17 @@ def paper_peco() -> TrainPeco:
     Paper: its ids are the targets of BEVT's rows SSv2 71.4, K400 81.1. Command: torchrun on 8 GPUs
     with --data.image-root, and --perceptual-weights of a self-supervised ViT-B in timm's names.
     Codebook, moving averages, stride and a self-supervised ViT's features on several levels are the
-    paper's, told from memory. ASSUMED: everything else (layers, 256 channels a code, blocks 3, 6, 9
+    paper's, from memory. ASSUMED: everything else (layers, 256 channels a code, blocks 3, 6, 9
     and 12, weights of the terms, batch 256, rate 1e-4, 100 epochs). Not run by us: needs 8 GPUs,
     ImageNet-1K and such a ViT. In BEVT: --tokens.weights FILE, whose factor sizes the view.
     """
     return TrainPeco(
-        name="paper_peco",
-        data=Data(embedded=False, workers=8, expected_items=1_281_167),
+        name="paper_peco", data=Data(embedded=False, workers=8, expected_items=1_281_167),
         tokens=Tokens(factor=16),
         optim=Optim(lr=1e-4, images=256, epochs=100, warmup=1, clip_norm=3.0),
-        perceptual="vit_base_patch16_224",
-        perceptual_levels=(2, 5, 8, 11),
-        watch_every=5_000,
+        perceptual="vit_base_patch16_224", perceptual_levels=(2, 5, 8, 11), watch_every=5_000,
         run=Run(save_every=5_000),
-    )
+    )  # fmt: skip
 
 
 def paper_image() -> Pretrain:
@@ -300,9 +239,7 @@ def paper_image() -> Pretrain:
     0.4 are ASSUMED (BEiT-like). Not run by us.
     """
     return Pretrain(
-        name="paper_image",
-        streams=("image",),
-        model=Model(drop_path=0.1),
+        name="paper_image", streams=("image",), model=Model(drop_path=0.1),
         data=Data(embedded=False, jitter=0.4, workers=8, expected_items=1_281_167),
         tokens=Tokens(fp16=True),
         optim=Optim(lr=1.5e-3, images=2048, epochs=800, warmup=10, clip_norm=3.0,
@@ -319,9 +256,7 @@ def paper_joint() -> Pretrain:
     trained. Not run by us: needs 32 GPUs, Kinetics-400 and ImageNet-1K.
     """
     return Pretrain(
-        name="paper_joint",
-        streams=("video", "image"),
-        model=Model(released_quirks=True),
+        name="paper_joint", streams=("video", "image"), model=Model(released_quirks=True),
         data=Data(embedded=False, jitter=0.4, workers=8, expected_items=240_000),
         tokens=Tokens(fp16=True),
         optim=Optim(lr=5e-4, clips=256, images=2048, epochs=150, warmup=10, clip_norm=3.0,
@@ -349,18 +284,12 @@ def paper_k400() -> Finetune:
             power += 1
     rules.append(("backbone.patch_embed", 0.9**power, 1.0))
     return Finetune(
-        name="paper_k400",
-        task="k400",
-        num_classes=400,
-        model=Model(),
+        name="paper_k400", task="k400", num_classes=400, model=Model(),
         data=Data(embedded=False, frames=32, interval=2, short=(256, 256), workers=8,
                   expected_items=240_000),
         optim=Optim(lr=3e-4, weight_decay=0.001, clips=64, epochs=60, warmup=2.5, stairs=True,
                     clip_norm=40.0, rules=tuple(rules)),
-        dropout=0.5,
-        views_at_once=4,
-        val_epochs=5,
-        run=Run(micro_batch=2),
+        dropout=0.5, views_at_once=4, val_epochs=5, run=Run(micro_batch=2),
     )  # fmt: skip
 
 
@@ -377,24 +306,14 @@ def paper_ssv2() -> Finetune:
     needs 8 GPUs and Something-Something-V2.
     """
     return Finetune(
-        name="paper_ssv2",
-        task="ssv2",
-        num_classes=174,
+        name="paper_ssv2", task="ssv2", num_classes=174,
         model=Model(window=(16, 7, 7), drop_path=0.4),
         data=Data(embedded=False, frames=32, short=(256, 256), workers=8, expected_items=168_913),
         optim=Optim(lr=5e-4, clips=64, epochs=60, warmup=2.5, stairs=True,
                     rules=(*RELEASED_NO_DECAY, ("backbone", 0.1, 1.0)),
                     ema=1 - (1 - 0.0002) ** 8),
-        smoothing=0.1,
-        dropout=0.5,
-        flip=False,
-        sampling="uniform",
-        rand_augment=(4, 7),
-        erasing=0.25,
-        test_clips=1,
-        views_at_once=2,
-        val_epochs=5,
-        run=Run(micro_batch=1),
+        smoothing=0.1, dropout=0.5, flip=False, sampling="uniform", rand_augment=(4, 7),
+        erasing=0.25, test_clips=1, views_at_once=2, val_epochs=5, run=Run(micro_batch=1),
     )  # fmt: skip
 
 

@@ -3,43 +3,44 @@
 Without files it scores the shipped ones. Beside them stand two trivial painters: each 8x8 cell in
 its mean colour, and k-means on the cells with 256 codes. All see the embedded test stills as BEVT
 shows them to a tokenizer. ``--json FILE`` also writes the table there. Reading *what* from the ids
-needs scikit-learn, which ``pip install -e '.[test]'`` brings.
+needs scikit-learn and SSIM scikit-image: ``pip install -e '.[scores]'`` brings both.
 """
 
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from bevt_lib import pretrain
 from bevt_lib.base import distributed
 from bevt_lib.base.files import data_folder
 from bevt_lib.cli import parse, run_command
+from bevt_lib.datasets import sources
 from bevt_lib.presets import lesson_image
-from bevt_lib.tokenizers.base import psnr, usage
-from bevt_lib.tokenizers.baselines import cells_of, mean_colours, name_cells, nearest_code
+from bevt_lib.tokenizers.base import CHUNK, psnr, to_unit, usage
+from bevt_lib.tokenizers.baselines import cells_of, mean_colours, nearest_code, nearest_ids
 from bevt_lib.tokenizers.dalle import FACTOR
 from bevt_lib.tokenizers.load import load_tokenizer
 from bevt_lib.tokenizers.perceptual import LABEL_FREE, SUPERVISED, PerceptualDistance
 
-WORDS = 256  # codes of the k-means baseline: as many as the lesson tokenizers have
+KMEANS_CODES = 256  # as many as the lesson tokenizers have
 SHIPPED = ("lesson_dvae", "lesson_peco")
 STRENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # scikit-learn's C, of which one is chosen
 FOLDS = 4
 NETWORKS = (SUPERVISED, LABEL_FREE)
+Networks = Mapping[str, PerceptualDistance]
 NETWORK_SIDE = 96  # side at which the networks see pictures, pixels: the lesson models' crop
 
 
 @dataclass(frozen=True)
 class Readability:
-    """How well a linear reader names *what* is in held-out stills."""
+    """How well a linear classifier reads from the ids *what* is in held-out stills."""
 
     accuracy: float
     error: float  # standard error of the accuracy, from the number of stills alone
@@ -50,7 +51,7 @@ class Readability:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """One tokenizer on held-out pictures. None: there are no ids."""
+    """One tokenizer on held-out pictures. None where there are no ids."""
 
     psnr: float  # dB, over all pixels
     ssim: float
@@ -61,37 +62,27 @@ class Score:
     what_where: Readability | None = None  # from which id is where
 
 
-Table = dict[str, Score]
-
-
 def ssim(pictures: Tensor, painted: Tensor) -> float:
     """Structural similarity of uint8 pictures (N, h, w, 3), mean over colours and pictures.
 
     Wang et al. 2004: Gaussian window of 11 x 11, sigma 1.5; places where it fits only.
     """
-    offsets = torch.arange(11, dtype=torch.float64) - 5
-    row = torch.exp(-offsets.square() / (2 * 1.5**2))
-    window = torch.outer(row, row) / row.sum().square()
-    x, y = (rearrange(p.double(), "n h w c -> (n c) 1 h w") for p in (pictures, painted))
-    parts = torch.cat([x, y, x * x, y * y, x * y])
-    means = F.conv2d(parts, window[None, None].to(parts.device)).chunk(5)
-    mx, my = means[:2]
-    xx, yy, xy = means[2] - mx * mx, means[3] - my * my, means[4] - mx * my
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    similar = (2 * mx * my + c1) * (2 * xy + c2)
-    return float((similar / ((mx * mx + my * my + c1) * (xx + yy + c2))).mean())
+    from skimage.metrics import structural_similarity
+
+    x, y = (rearrange(p, "n h w c -> h w (n c)").cpu().numpy() for p in (pictures, painted))
+    return float(structural_similarity(x, y, gaussian_weights=True, sigma=1.5, data_range=255,
+                                       use_sample_covariance=False, channel_axis=2))  # fmt: skip
 
 
 @torch.no_grad()
 def distance_under(network: PerceptualDistance, pictures: Tensor, painted: Tensor) -> float:
     """Average the perceptual distance of uint8 pictures (N, h, w, 3) to what they became."""
-    both = (p.permute(0, 3, 1, 2).float() / 255 for p in (painted, pictures))
-    pairs = zip(*(p.split(64) for p in both), strict=True)
+    pairs = zip(*(to_unit(p).split(CHUNK) for p in (painted, pictures)), strict=True)
     return float(torch.cat([network(a, b) for a, b in pairs]).mean())
 
 
 def read_what(
-    train: tuple[Tensor, np.ndarray], test: tuple[Tensor, np.ndarray], words: int, *, where: bool
+    train: tuple[Tensor, np.ndarray], test: tuple[Tensor, np.ndarray], vocab: int, *, where: bool
 ) -> Readability:
     """Fit logistic regression to (ids, labels) of training stills; score it on test stills.
 
@@ -103,12 +94,11 @@ def read_what(
     from sklearn.model_selection import GridSearchCV
 
     def features(ids: Tensor) -> csr_array:
-        flat = ids.flatten(1).cpu()
-        columns = flat + words * torch.arange(flat.shape[1]) if where else flat
-        rows = torch.arange(len(flat))[:, None].expand_as(flat)
-        size = len(flat), words * (flat.shape[1] if where else 1)
-        places = (rows.flatten().numpy(), columns.flatten().numpy())
-        return csr_array((np.ones(flat.numel()), places), shape=size)
+        flat = ids.flatten(1).cpu().numpy()
+        still, place = np.indices(flat.shape)
+        cells = still.ravel(), (flat + vocab * place * where).ravel()
+        size = len(flat), vocab * (flat.shape[1] if where else 1)
+        return csr_array((np.ones(flat.size), cells), shape=size)
 
     reader = GridSearchCV(LogisticRegression(max_iter=2000), {"C": STRENGTHS}, cv=FOLDS)
     reader.fit(features(train[0]), train[1])
@@ -117,60 +107,56 @@ def read_what(
 
 
 def stills(split: str) -> tuple[Tensor, np.ndarray]:
-    """Give the embedded stills of a split: views uint8 (N, 48, 48, 3), and *what* they show."""
-    items = pretrain.build_items(lesson_image(), "image", split)
-    views = np.stack([items.sample(0, i)["tokenizer_input"][0] for i in range(len(items))])
-    return torch.from_numpy(views), np.array([entry.label for entry in items.entries])
+    """Give a split's embedded stills as tokenizer input, uint8 (N, 48, 48, 3), and their labels."""
+    items = sources.pretraining_items(lesson_image(), "image", split)
+    pictures = np.stack([items.sample(0, i)["tokenizer_input"][0] for i in range(len(items))])
+    return torch.from_numpy(pictures), np.array([entry.label for entry in items.entries])
 
 
-def kmeans_codes(views: Tensor) -> Tensor:
-    """Fit the baseline's codes to the cells of a third of the training views: float (256, 192)."""
+def kmeans_codes(pictures: Tensor) -> Tensor:
+    """Fit the baseline's codes to the cells of a third of the pictures: float (256, 192)."""
     from sklearn.cluster import MiniBatchKMeans
 
-    kmeans = MiniBatchKMeans(WORDS, n_init=3, random_state=0, batch_size=4096)
-    return torch.from_numpy(kmeans.fit(cells_of(views[::3]).numpy()).cluster_centers_).float()
+    kmeans = MiniBatchKMeans(KMEANS_CODES, n_init=3, random_state=0, batch_size=4096)
+    return torch.from_numpy(kmeans.fit(cells_of(pictures[::3]).numpy()).cluster_centers_).float()
 
 
-def compare(files: Mapping[str, Path], networks: Mapping[str, PerceptualDistance]) -> Table:
+def compare(files: Mapping[str, Path], networks: Networks) -> dict[str, Score]:
     """Score tokenizer files and the trivial painters on the embedded test stills: {name: Score}.
 
-    Raises ValueError for a tokenizer whose cells are no 8x8 pixels: its numbers wouldn't compare.
+    Raises ValueError for a tokenizer whose cells aren't 8x8 pixels: its numbers wouldn't compare.
     """
     (train, train_what), (test, test_what) = stills("train"), stills("test")
-    table: Table = {}
+    table: dict[str, Score] = {}
 
-    def enter(name: str, painted: Tensor, seen: Tensor, ids: Tensor, words: int) -> None:
-        used, perplexity = usage(ids, words)
+    def enter(name: str, painted: Tensor, seen: Tensor, ids: Tensor, vocab: int) -> None:
+        used, perplexity = usage(ids, vocab)
         pairs = (seen, train_what), (ids, test_what)
-        table[name] = replace(
-            image_quality(test, painted, networks), usage=used, perplexity=perplexity,
-            what=read_what(*pairs, words, where=False),
-            what_where=read_what(*pairs, words, where=True),
-        )  # fmt: skip
+        what, what_where = (read_what(*pairs, vocab, where=where) for where in (False, True))
+        table[name] = replace(image_quality(test, painted, networks), usage=used,
+                              perplexity=perplexity, what=what, what_where=what_where)  # fmt: skip
 
     for name, path in files.items():
         tokenizer = load_tokenizer(path).to(distributed.device())
         if tokenizer.factor != FACTOR:
             raise ValueError(f"{path} has {tokenizer.factor} px per id: here {FACTOR} are compared")
-        seen, ids = (tokenizer.encode(views.to(distributed.device())) for views in (train, test))
+        seen, ids = (tokenizer.encode(part.to(distributed.device())) for part in (train, test))
         enter(name, tokenizer.decode(ids).cpu(), seen.cpu(), ids.cpu(), tokenizer.vocab_size)
     codes = kmeans_codes(train)
-    seen, ids = name_cells(train, codes), name_cells(test, codes)
-    enter("k-means on cells", nearest_code(test, codes), seen, ids, WORDS)
+    seen, ids = nearest_ids(train, codes), nearest_ids(test, codes)
+    enter("k-means on cells", nearest_code(test, codes), seen, ids, KMEANS_CODES)
     table["mean colours"] = image_quality(test, mean_colours(test), networks)
     return table
 
 
-def image_quality(
-    pictures: Tensor, painted: Tensor, networks: Mapping[str, PerceptualDistance]
-) -> Score:
+def image_quality(pictures: Tensor, painted: Tensor, networks: Networks) -> Score:
     """Score what became of uint8 pictures (N, h, w, 3), whatever painted them."""
     distances = {n: distance_under(network, pictures, painted) for n, network in networks.items()}
     return Score(psnr=psnr(pictures, painted), ssim=ssim(pictures, painted), perceptual=distances)
 
 
-def write(table: Table) -> str:
-    """Write a table as text, a line a tokenizer."""
+def write(table: Mapping[str, Score]) -> str:
+    """Write a table as text, one line per tokenizer."""
     networks = list(next(iter(table.values())).perceptual)
     lines = [("", "PSNR", "SSIM", *networks, "usage", "perplexity", "what", "what, where")]
     for name, s in table.items():
@@ -198,10 +184,11 @@ def main(arguments: list[str]) -> None:
     pairs = [word.partition("=") for word in given.files]
     if not all(path for _, _, path in pairs):
         raise ValueError("usage: python -m bevt_lib.tokenizer_scores [NAME=FILE ...] [--json FILE]")
+    if not (find_spec("sklearn") and find_spec("skimage")):
+        raise ValueError("scores need scikit-learn and scikit-image: pip install -e '.[scores]'")
     shipped = {n: data_folder() / "weights" / f"{n}.safetensors" for n in SHIPPED}
-    networks = {
-        n: PerceptualDistance(n, side=NETWORK_SIDE).to(distributed.device()) for n in NETWORKS
-    }
+    device = distributed.device()
+    networks = {n: PerceptualDistance(n, side=NETWORK_SIDE).to(device) for n in NETWORKS}
     table = compare({n: Path(path) for n, _, path in pairs} or shipped, networks)
     print(write(table))
     if given.json:

@@ -4,7 +4,8 @@ RUN/tokenizer.safetensors      the result, for --tokens.weights
 RUN/strips/step_00000500.png   held-out pictures, below them what they become
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -13,31 +14,30 @@ import torch
 from torch import Tensor
 
 from bevt_lib.base import distributed, files
-from bevt_lib.base.config import TrainPeco, TrainTokenizer, flatten
+from bevt_lib.base.config import Optim, TrainPeco, TrainTokenizer, flatten, run_folder
 from bevt_lib.base.seeds import Purpose, Stream, seeded_globals, torch_generator
+from bevt_lib.base.trainable import Batch
 from bevt_lib.cli import choose, run_command, with_recipe
 from bevt_lib.datasets import synthetic
 from bevt_lib.datasets.items import Pictures, Positions
 from bevt_lib.datasets.lists import Entry, read_image_folder
 from bevt_lib.datasets.video import Video
+from bevt_lib.model.bevt import STRIDE
 from bevt_lib.presets import TRAIN_TOKENIZER
 from bevt_lib.scoring import cost
-from bevt_lib.tokenizers.base import psnr, to_unit, usage
-from bevt_lib.tokenizers.dalle import save_tokenizer
-from bevt_lib.tokenizers.dvae import DVAE, anneal
-from bevt_lib.tokenizers.load import FrozenTokenizer
-from bevt_lib.tokenizers.peco import Peco, PecoTokenizer, save_peco
+from bevt_lib.tokenizers.base import FrozenTokenizer, TrainableTokenizer, psnr, to_unit, usage
+from bevt_lib.tokenizers.dalle import build
+from bevt_lib.tokenizers.dvae import DVAE
+from bevt_lib.tokenizers.peco import Peco, PecoShape
 from bevt_lib.tokenizers.perceptual import PerceptualDistance
 from bevt_lib.training import loop
-from bevt_lib.training.loop import Batch, Source
 from bevt_lib.training.optim import cycle_of, total_steps
+from bevt_lib.training.task import Source, Task
 
-STRIDE = 16  # pixels of a picture per id: BEVT's grid
 FILM_STEP = 8  # every eighth film frame is a training picture
 PHOTO_REPEATS = 6  # photos are few beside the stills
-HELD_OUT = 64  # held-out pictures looked at while training
+HELD_OUT = 64  # held-out pictures that are scored while training
 SHOWN = 8  # of them in a strip
-START_PICTURES = 1024  # from which words and codes start, at most
 
 Recipe = TrainTokenizer | TrainPeco
 
@@ -52,33 +52,17 @@ def main(arguments: list[str]) -> None:
         model, history = train(recipe)
         if distributed.rank() == 0:
             path = Path(run_folder(recipe)) / "tokenizer.safetensors"
-            save(model.tokenizer(), path)
+            model.tokenizer().save(path)
             last = history[-1]
             print(f"step {last['step'] + 1}: loss {last['loss']:.3f}; tokenizer in {path}")
-
-
-def run_folder(recipe: Recipe) -> str:
-    """Give the run's folder: ``run.folder`` or runs/<preset>."""
-    return recipe.run.folder or f"runs/{recipe.name}"
-
-
-def save(tokenizer: FrozenTokenizer, path: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write a tokenizer of either kind to one safetensors file."""
-    if isinstance(tokenizer, PecoTokenizer):
-        save_peco(tokenizer, path, dtype)
-    else:
-        save_tokenizer(tokenizer.encoder, tokenizer.decoder, path, dtype)
 
 
 def training_entries() -> list[Entry]:
     """List the training pictures: stills, training-split photos, film frames (label = frame)."""
     folder = synthetic.render()
     photos = [Entry(path, 0) for path in synthetic.photo_splits()["train"]] * PHOTO_REPEATS
-    film = [
-        Entry(path, frame)
-        for path in sorted((files.data_folder() / "film").glob("*.mp4"))
-        for frame in range(0, len(Video(path)), FILM_STEP)
-    ]
+    films = sorted((files.data_folder() / "film").glob("*.mp4"))
+    film = [Entry(path, t) for path in films for t in range(0, len(Video(path)), FILM_STEP)]
     return read_image_folder(folder / "images" / "train") + photos + film
 
 
@@ -95,143 +79,130 @@ def split_entries(recipe: Recipe) -> tuple[list[Entry], list[Entry]]:
     return training_entries(), stills[:: len(stills) // HELD_OUT]
 
 
+def input_size(recipe: Recipe) -> int:
+    """Give the side of the tokenizer's input, pixels."""
+    return recipe.view or recipe.data.size // STRIDE * recipe.tokens.factor
+
+
 def pictures_of(recipe: Recipe, entries: Sequence[Entry]) -> Pictures:
-    """Make the data set that gives the tokenizer's views of pictures."""
+    """Make the data set that gives pictures as the tokenizer's input."""
     d = recipe.data
-    view = recipe.view or d.size // STRIDE * recipe.tokens.factor
-    return Pictures(entries, size=d.size, short=d.short, input_size=view, seed=recipe.run.seed)
+    return Pictures(entries, size=d.size, short=d.short, input_size=input_size(recipe),
+                    seed=recipe.run.seed)  # fmt: skip
 
 
-def build_model(recipe: Recipe) -> DVAE | Peco:
-    """Build the dVAE or VQ-VAE with weights drawn from the run's seed, without perceptual loss."""
-    tokens = recipe.tokens
-    side = (recipe.view or recipe.data.size // STRIDE * tokens.factor) // tokens.factor
+def stack(pictures: Pictures, every: int = 1) -> Tensor:
+    """Read every so many of the pictures: uint8 (N, v, v, 3)."""
+    samples = [pictures.sample(0, i) for i in range(0, len(pictures), every)]
+    return torch.from_numpy(np.stack([sample["tokenizer_input"] for sample in samples]))
+
+
+def build_dvae(recipe: TrainTokenizer, networks: bool) -> DVAE:
+    """Build DALL-E's dVAE. A length of 0 in the recipe's schedule is four fifths of the steps."""
+    side, most = input_size(recipe) // recipe.tokens.factor, 0.8 * recipe.optim.steps
+    schedule = {
+        "temperature": (*recipe.temperature, recipe.temperature_steps or most),
+        "kl_weight": (*recipe.kl_weight, recipe.kl_steps or most),
+        "balance_weight": (recipe.balance_weight, recipe.balance_weight, 0),
+    }
+    parts = build(recipe.hidden, recipe.blocks, recipe.tokens.vocab_size)
+    return DVAE(*parts, (side, side), schedule, recipe.quick_start)
+
+
+def build_peco(recipe: TrainPeco, networks: bool) -> Peco:
+    """Build PeCo's VQ-VAE, with ``networks`` also the perceptual one on this process's device."""
+    r, tokens = recipe, recipe.tokens
+    shape = PecoShape(r.hidden, r.blocks, r.code_dim, tokens.factor, tokens.vocab_size)
+    model = Peco(shape, perceptual_weight=r.perceptual_weight)
+    model.notes = {"perceptual": f"{r.perceptual}, weight {r.perceptual_weight}"}
+    if networks and r.perceptual != "none":
+        network = r.perceptual, r.perceptual_weights, r.perceptual_levels, r.perceptual_side
+        model.perceptual = PerceptualDistance(*network).to(distributed.device())
+    return model
+
+
+BUILD: dict[type, Callable[..., TrainableTokenizer]] = {
+    TrainTokenizer: build_dvae, TrainPeco: build_peco}  # fmt: skip
+
+
+def build_model(recipe: Recipe, networks: bool = False) -> TrainableTokenizer:
+    """Build the recipe's tokenizer in training, with weights drawn from the run's seed.
+
+    ``networks``: load the frozen networks of its loss as well.
+    """
     with seeded_globals(recipe.run.seed, Purpose.WEIGHTS):
-        if isinstance(recipe, TrainPeco):
-            return Peco(recipe.hidden, recipe.blocks, recipe.code_dim, tokens.factor,
-                        tokens.vocab_size, perceptual_weight=recipe.perceptual_weight)  # fmt: skip
-        return DVAE(recipe.hidden, recipe.blocks, tokens.vocab_size, (side, side),
-                    full_branches=recipe.quick_start)  # fmt: skip
+        return BUILD[type(recipe)](recipe, networks)
 
 
-def perceptual_distance(recipe: TrainPeco) -> PerceptualDistance | None:
-    """Load the recipe's perceptual network, if it names one, on this process's device."""
-    if recipe.perceptual == "none":
-        return None
-    return PerceptualDistance(
-        recipe.perceptual, recipe.perceptual_weights, recipe.perceptual_levels,
-        recipe.perceptual_side,
-    ).to(distributed.device())  # fmt: skip
-
-
-def prepare_batch(recipe: Recipe, batch: Batch, step: int) -> Batch:
-    """Turn views into floats, and add what the dVAE's schedules say at this step."""
+def prepare_batch(model: TrainableTokenizer, optim: Optim, batch: Batch, step: int) -> Batch:
+    """Turn pictures into floats, and add what the model's schedule says at this step."""
     part = batch["picture"]
-    ready = {"pixels": to_unit(part["tokenizer_input"]), "position": part["position"]}
-    if isinstance(recipe, TrainTokenizer):
-        cycle = cycle_of(recipe.optim, step)[0]
-        most = 0.8 * recipe.optim.steps
-        ready |= {
-            "temperature": anneal(step, recipe.temperature_steps or most, *recipe.temperature),
-            "kl_weight": anneal(step, recipe.kl_steps or most, *recipe.kl_weight),
-            "noise_scale": float(cycle == 0),
-            "decoder_only": cycle == 2,
-            "balance_weight": recipe.balance_weight,
-        }
-    return {"picture": ready}
+    pixels = to_unit(part["tokenizer_input"])
+    schedule = model.schedule_at(step, cycle_of(optim, step)[0])
+    return {"picture": {"pixels": pixels, "position": part["position"], "schedule": schedule}}
 
 
-def score_and_draw(tokenizer: FrozenTokenizer, views: Tensor, strip: Path) -> dict[str, float]:
-    """Score a tokenizer on held-out views, uint8 (N, v, v, 3), and write a strip of some."""
-    ids = tokenizer.encode(views)
+def score_and_draw(tokenizer: FrozenTokenizer, pictures: Tensor, strip: Path) -> dict[str, float]:
+    """Score a tokenizer on held-out pictures, uint8 (N, v, v, 3), and write a strip of some."""
+    ids = tokenizer.encode(pictures)
     painted = tokenizer.decode(ids)
     used, perplexity = usage(ids, tokenizer.vocab_size)
     if distributed.rank() == 0:
         rows = [torch.cat(list(part[:: max(1, len(part) // SHOWN)][:SHOWN].cpu()), dim=1)
-                for part in (views, painted)]  # fmt: skip
+                for part in (pictures, painted)]  # fmt: skip
         picture = cv2.cvtColor(torch.cat(rows).numpy(), cv2.COLOR_RGB2BGR)
         strip.parent.mkdir(parents=True, exist_ok=True)
         cv2.imencode(".png", picture)[1].tofile(strip)
-    return {"psnr": psnr(views, painted), "usage": used, "perplexity": perplexity}
+    return {"psnr": psnr(pictures, painted), "usage": used, "perplexity": perplexity}
 
 
-def train(recipe: Recipe) -> tuple[DVAE | Peco, list[dict[str, float]]]:
+def train(recipe: Recipe) -> tuple[TrainableTokenizer, list[dict[str, float]]]:
     """Run a tokenizer recipe; return the model and the record, one dict per step."""
-    if recipe.run.threads:
-        torch.set_num_threads(recipe.run.threads)
-    loop.be_deterministic(recipe.run.deterministic)
+    loop.set_up(recipe.run)
     distributed.once_per_node(synthetic.render, needed=not recipe.data.image_root)
-    d, seed, folder = recipe.data, recipe.run.seed, Path(run_folder(recipe))
+    seed, folder = recipe.run.seed, Path(run_folder(recipe))
     entries, held = split_entries(recipe)
     pictures = pictures_of(recipe, entries)
-    items = Positions(pictures, seed=seed, stream=Stream.IMAGE, workers=d.workers)
-    steps = total_steps(recipe.optim, len(items))
-    model = build_model(recipe)
-    if isinstance(model, Peco) and isinstance(recipe, TrainPeco):
-        model.perceptual = perceptual_distance(recipe)
-    start_words(recipe, model, pictures)
-    watched = pictures_of(recipe, held)
-    views = torch.from_numpy(
-        np.stack([watched.sample(0, i)["tokenizer_input"] for i in range(len(held))])
-    )
-    views = views.to(distributed.device())
-
-    def after_step(step: int) -> Mapping[str, float]:
-        if isinstance(model, Peco):
-            return model.update_codes(torch_generator(seed, Purpose.WEIGHTS, 1, step))
-        return {}
-
-    def validate(done: int) -> dict[str, float]:
-        return score_and_draw(model.tokenizer(), views, folder / "strips" / f"step_{done:08d}.png")
-
-    history = loop.fit(
-        model, {"picture": Source(items, recipe.optim.images)}, recipe.optim,
-        loop.in_folder(recipe.run, str(folder)), steps=steps,
-        prepare=lambda batch, step: prepare_batch(recipe, batch, step),
-        after_step=after_step, config=flatten(recipe), bad_share=d.bad_share,
-        validate=validate, validate_every=recipe.watch_every,
+    items = Positions(pictures, seed=seed, stream=Stream.IMAGE, workers=recipe.data.workers)
+    model = build_model(recipe, networks=True)
+    if model.start_pictures:
+        sample = stack(pictures, max(8, len(pictures) // model.start_pictures))
+        model.start_codebook(to_unit(sample), torch_generator(seed, Purpose.WEIGHTS))
+    watched = stack(pictures_of(recipe, held)).to(distributed.device())
+    task = Task(
+        model=model, sources={"picture": Source(items, recipe.optim.images)},
+        steps=total_steps(recipe.optim, len(items)), validate_every=recipe.watch_every,
+        prepare=lambda batch, step: prepare_batch(model, recipe.optim, batch, step),
+        after_step=lambda step: model.update_codes(torch_generator(seed, Purpose.WEIGHTS, 1, step)),
+        config=flatten(recipe), bad_share=recipe.data.bad_share,
+        validate=lambda done: score_and_draw(
+            model.tokenizer(), watched, folder / "strips" / f"step_{done:08d}.png"),
     )  # fmt: skip
-    return model, history
-
-
-def start_words(recipe: Recipe, model: DVAE | Peco, pictures: Pictures) -> None:
-    """Start words or codes from what the untrained encoder makes of some training pictures."""
-    if isinstance(recipe, TrainTokenizer) and not recipe.quick_start:
-        return
-    every = max(8, len(pictures) // START_PICTURES)
-    sample = np.stack(
-        [pictures.sample(0, i)["tokenizer_input"] for i in range(0, len(pictures), every)]
-    )
-    generator = torch_generator(recipe.run.seed, Purpose.WEIGHTS)
-    start = model.start_codes if isinstance(model, Peco) else model.spread_codes
-    start(to_unit(torch.from_numpy(sample)), generator)
+    return model, loop.fit(task, recipe.optim, replace(recipe.run, folder=str(folder)))
 
 
 def plan(recipe: Recipe) -> str:
     """Describe a run before its first step: size, steps, cost; nothing is read."""
-    side = recipe.view or recipe.data.size // STRIDE * recipe.tokens.factor
+    side = input_size(recipe)
+    grid = side // recipe.tokens.factor
     with torch.device("meta"):
         model = build_model(recipe)
-    grid = side // recipe.tokens.factor
-    picture = cost.empty(1, 3, side, side)
-    painting = cost.empty(1, getattr(recipe, "code_dim", recipe.tokens.vocab_size), grid, grid)
-    work = cost.count(model.encoder, picture).total + cost.count(model.decoder, painting).total
-    batches = {"picture": recipe.optim.images}
+    encoding = cost.count(model.encoder, cost.empty(1, 3, side, side))
+    painting = cost.count(model.decoder, cost.empty(1, model.decoder_channels, grid, grid))
     processes = recipe.run.processes or distributed.world_size()
+    split = loop.split_batch({"picture": recipe.optim.images}, processes, recipe.run.micro_batch)
     expected = recipe.data.expected_items
-    lines = {
+    return cost.write({
         "preset": recipe.name,
         "parameters": f"{cost.parameters(model):,} trained",
         "tokenizer_input": f"{side}x{side} px, {grid}x{grid} ids of {recipe.tokens.vocab_size:,}",
         "global batch": f"{recipe.optim.images} pictures",
-        "cut into": str(loop.split_batch(batches, processes, recipe.run.micro_batch)),
+        "cut into": str(split),
         "steps": f"{total_steps(recipe.optim, expected):,}"
                  + (f" ({expected:,} pictures)" if expected else ""),
-        "one picture": f"multiply-adds forward: {cost.amount(work)}",
-    }  # fmt: skip
-    if isinstance(recipe, TrainPeco):
-        lines["perceptual"] = f"{recipe.perceptual}, weight {recipe.perceptual_weight}"
-    return cost.write(lines)
+        "one picture": f"multiply-adds forward: {cost.amount(encoding.total + painting.total)}",
+        **model.notes,
+    })  # fmt: skip
 
 
 if __name__ == "__main__":

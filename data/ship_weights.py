@@ -19,7 +19,7 @@ import torch
 from bevt_lib.base import files
 from bevt_lib.datasets import synthetic
 from bevt_lib.presets import TRAIN_TOKENIZER
-from bevt_lib.train_tokenizer import build_model, save
+from bevt_lib.train_tokenizer import build_model
 from bevt_lib.training import checkpoint
 from bevt_lib.weights.load import read_file, read_weights, save_weights
 
@@ -34,7 +34,7 @@ def main(run: Path, name: str, command: str) -> None:
     if name in TRAIN_TOKENIZER:
         model = build_model(TRAIN_TOKENIZER[name]())
         model.load_state_dict(read_file(folder))
-        save(model.tokenizer(), target, torch.float16)
+        model.tokenizer().save(target, torch.float16)
     else:
         save_weights(read_weights(folder), target, torch.float8_e4m3fn)
     history = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

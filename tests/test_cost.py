@@ -12,7 +12,7 @@ from golden_numbers import CASES, FOLDER, arrays
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 
-from bevt_lib import finetune, presets, pretrain
+from bevt_lib import parts, presets, pretrain
 from bevt_lib.model.classifier import Classifier
 from bevt_lib.model.masking import tube_mask
 from bevt_lib.model.swin import Block
@@ -29,8 +29,8 @@ def on_meta(name: str):
     """The paper's model of a golden entry, without values."""
     with torch.device("meta"):
         if name == "pretrain":
-            return pretrain.build_model(presets.paper_joint())
-        return finetune.build_model(presets.FINETUNE[f"paper_{name}"]())
+            return parts.build_bevt(presets.paper_joint())
+        return parts.build_classifier(presets.FINETUNE[f"paper_{name}"]())
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +168,7 @@ def test_every_operation_that_autocast_casts_is_cast():
 
     recipe = presets.lesson_joint()
     with torch.device("meta"):
-        model = pretrain.build_model(recipe)
+        model = parts.build_bevt(recipe)
         tokenizer = DalleTokenizer(*build(8, 1, recipe.tokens.vocab_size))
     losses = [cost.token_item(recipe, model, tokenizer, s).loss for s in recipe.streams]
     classifier, *batch = small("meta")

@@ -15,11 +15,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from bevt_lib import finetune
 from bevt_lib.base import files
 from bevt_lib.base.seeds import Stream
 from bevt_lib.cli import override
-from bevt_lib.datasets import augment, synthetic, video
+from bevt_lib.datasets import augment, sources, synthetic, video
 from bevt_lib.datasets.items import (
     REPLACEMENTS,
     LabelledClips,
@@ -31,9 +30,9 @@ from bevt_lib.datasets.items import (
 )
 from bevt_lib.datasets.lists import Entries, Entry, read_image_folder, read_list
 from bevt_lib.datasets.sampling import eval_frames
+from bevt_lib.datasets.sources import hide_blocks, hide_tubes
 from bevt_lib.datasets.video import VideoError, write_video
 from bevt_lib.presets import paper_diving48, paper_k400, paper_ssv2
-from bevt_lib.pretrain import hide_blocks, hide_tubes
 
 
 @pytest.fixture(scope="module")
@@ -305,11 +304,11 @@ def test_paper_recipes_of_motion_read_a_list_as_released(counting, tmp_path, rec
     listed.write_text("".join(f"{entry.path} {entry.label}\n" for entry in counting))
     data = replace(recipe.data, video_list=str(listed), val_list=str(listed), video_root="/")
     recipe = replace(recipe, data=data)
-    items = finetune.build_items(recipe)
+    items = sources.labelled_items(recipe)
     assert items.sample(0, 0)["pixels"].shape == (32, 224, 224, 3)  # of a film of 10 frames
     boxes = [(items.sample(e, 1)["pixels"] == (124, 116, 104)).all(-1)[0].mean() for e in range(24)]
     assert 1 <= sum(share > 0.015 for share in boxes) <= 12  # a quarter of them
-    views = finetune.build_items(recipe, "test").views(1, recipe.test_clips, recipe.test_crops)
+    views = sources.labelled_items(recipe, "test").views(1, recipe.test_clips, recipe.test_crops)
     assert views.shape == (3, 32, 224, 224, 3)
     grey = views[2].astype(float).mean((1, 2, 3)) / STEP  # 0 to 39 from all over the film
     assert abs(grey[-1] - grey[0] - 38) <= 1
@@ -325,7 +324,7 @@ def test_settings_that_can_not_work_are_refused_before_training():
             override(paper_ssv2(), words)
     recipe = override(paper_k400(), ["--sampling", "uniform"])
     with pytest.raises(ValueError, match="1 test clip, not 4: --test-clips 1"):
-        finetune.build_items(recipe)
+        sources.labelled_items(recipe)
 
 
 def test_a_pickled_data_set_gives_the_same_samples(clips):

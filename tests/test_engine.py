@@ -15,9 +15,10 @@ import torch
 from golden_numbers import CASES, FOLDER
 from safetensors.torch import load_file
 
-from bevt_lib import finetune, pretrain
+from bevt_lib import finetune, parts
 from bevt_lib.base.config import Optim
 from bevt_lib.presets import FINETUNE, paper_joint
+from bevt_lib.scoring import classes
 from bevt_lib.training import checkpoint
 from bevt_lib.training.loop import TIMINGS, split_batch
 from bevt_lib.training.optim import learning_rate, parameter_groups, start_average, update_average
@@ -107,7 +108,7 @@ def checkpoint_at(folder, step):
     return folder / "checkpoints" / f"step_{step:08d}"
 
 
-def is_intact(model, tensors):
+def equals(model, tensors):
     state = model.state_dict()
     return state.keys() == tensors.keys() and all(torch.equal(state[k], tensors[k]) for k in state)
 
@@ -125,7 +126,7 @@ def test_the_average_is_the_decayed_sum_of_all_weights(averaged):
             mean = sum(s * w[name].double() for s, w in zip(shares, weights, strict=False))
             assert value.dtype == torch.float32
             assert torch.allclose(value.double(), mean, rtol=1e-5, atol=1e-6), (n, name)
-    assert is_intact(model, found) and not is_intact(model, weights[-1])
+    assert equals(model, found) and not equals(model, weights[-1])
 
 
 def test_the_average_changes_nothing_in_training(averaged):
@@ -148,11 +149,11 @@ def test_eight_small_averages_are_one_of_the_eightfold_share():
 def test_a_resumed_average_is_the_uninterrupted_one(averaged, tmp_path):
     model, history, folder = averaged
     early, _ = tiny_run.train(str(tmp_path), 12, ema=0.3, stop_after=5)
-    assert is_intact(early, load_file(checkpoint_at(folder, 5) / "ema.safetensors"))
+    assert equals(early, load_file(checkpoint_at(folder, 5) / "ema.safetensors"))
     for _ in range(2):  # the second time the run is finished already
         resumed, record = tiny_run.train(str(tmp_path), 12, ema=0.3)
         assert losses(record) == losses(history)
-        assert is_intact(resumed, model.state_dict())
+        assert equals(resumed, model.state_dict())
     states = [json.loads((checkpoint_at(f, 12) / "state.json").read_text())["sha256"]
               for f in (folder, tmp_path)]  # fmt: skip
     assert states[0] == states[1] and "ema.safetensors" in states[0]
@@ -164,7 +165,7 @@ def test_a_checkpoint_with_a_damaged_average_is_passed_by(averaged, tmp_path, ca
     damage(checkpoint_at(tmp_path, 8) / "ema.safetensors")
     assert checkpoint.latest(tmp_path) == checkpoint_at(tmp_path, 4)
     assert "step_00000008 is damaged" in capsys.readouterr().err
-    assert is_intact(tiny_run.train(str(tmp_path), 12, ema=0.3)[0], averaged[0].state_dict())
+    assert equals(tiny_run.train(str(tmp_path), 12, ema=0.3)[0], averaged[0].state_dict())
 
 
 def test_a_run_without_an_average_is_not_continued_with_one(whole):
@@ -175,12 +176,12 @@ def test_a_run_without_an_average_is_not_continued_with_one(whole):
 @pytest.mark.slow
 def test_fine_tuning_is_scored_on_the_average(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(finetune, "score", lambda recipe, model, **_: seen.append(model))
+    monkeypatch.setattr(classes, "score_split", lambda recipe, model, **_: seen.append(model))
     options = "--optim.ema .5 --optim.clips 2 --run.stop-after 2 --run.test-clips 1 "
     options += "--data.workers 0 --run.folder"
     finetune.main(["lesson_how", *options.split(), str(tmp_path)])
-    assert is_intact(seen[0], load_file(checkpoint_at(tmp_path, 2) / "ema.safetensors"))
-    assert not is_intact(seen[0], load_file(checkpoint_at(tmp_path, 2) / "model.safetensors"))
+    assert equals(seen[0], load_file(checkpoint_at(tmp_path, 2) / "ema.safetensors"))
+    assert not equals(seen[0], load_file(checkpoint_at(tmp_path, 2) / "model.safetensors"))
 
 
 def test_another_configuration_in_the_same_folder_is_refused(whole):
@@ -302,7 +303,7 @@ def test_parameter_groups_are_the_released_ones(path, parity):
     optim = recipe.optim
     assert optim.lr == golden["base_lr"] and optim.weight_decay == golden["base_weight_decay"]
     with torch.device("meta"):
-        model = (pretrain if name == "pretrain" else finetune).build_model(recipe)
+        model = (parts.build_bevt if name == "pretrain" else parts.build_classifier)(recipe)
     mine = {
         released_name(parameter): (group["factor"], group["weight_decay"])
         for group in parameter_groups(model, optim, released_name)

@@ -12,13 +12,14 @@ import torch
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 from test_cli import run
 
-from bevt_lib import evaluate, finetune
+from bevt_lib import evaluate, finetune, parts
 from bevt_lib.base import distributed, files
 from bevt_lib.cli import override
-from bevt_lib.datasets import synthetic
+from bevt_lib.datasets import sources, synthetic
 from bevt_lib.model.classifier import Classifier
 from bevt_lib.model.normalisation import normalise
 from bevt_lib.presets import FINETUNE
+from bevt_lib.scoring import classes
 from bevt_lib.scoring.classes import Scores, score_videos
 from bevt_lib.weights.load import load_model, load_strict, read_weights
 
@@ -54,7 +55,7 @@ def broken(tmp_path):
 
 def lesson(*options):
     recipe = override(FINETUNE["lesson_what"](), options)
-    model = finetune.build_model(recipe).eval()
+    model = parts.build_classifier(recipe).eval()
     load_strict(model, read_weights(WHAT), "lesson_what")
     return recipe, model
 
@@ -73,7 +74,7 @@ def sklearn_says(labels, probabilities):
 @torch.no_grad()
 def test_the_numbers_are_those_of_a_slow_loop_and_of_sklearn(own):
     recipe, model = lesson(*own)
-    items = finetune.build_items(recipe, "test")
+    items = sources.labelled_items(recipe, "test")
     slow = []
     for index in range(len(items)):
         views = [torch.from_numpy(view)[None] for view in items.views(index, 3, 1)]
@@ -84,9 +85,9 @@ def test_the_numbers_are_those_of_a_slow_loop_and_of_sklearn(own):
     found = score_videos(model, items, 8, clips=3, at_once=7)
     assert found.labels.tolist() == labels.tolist() and len(labels) == CLIPS
     assert np.allclose(found.probabilities.numpy(), slow, atol=1e-6)
-    double = score_videos(finetune.build_model(recipe).double(), items, 8, count=3)
+    double = score_videos(parts.build_classifier(recipe).double(), items, 8, count=3)
     assert double.probabilities.dtype == torch.float32  # of a run in fp64
-    result = finetune.score(recipe, model)
+    result = classes.score_split(recipe, model)
     assert np.allclose([result.top1, result.top5, result.mean_class], sklearn_says(labels, slow))
     assert 0 < result.top1 < result.top5 and result.clips == CLIPS
     assert [np.isnan(share) for share in result.per_class] == [False] * 6 + [True] * 2
@@ -178,10 +179,10 @@ def test_nothing_readable_and_a_broken_model_are_errors(tmp_path):
     _, model = lesson()
     recipe, _ = lesson(f"--data.val-list={tmp_path / 'list.txt'}")
     with pytest.raises(ValueError, match=r"none of 1 videos can be read: nowhere\.mp4"):
-        finetune.score(recipe, model)
+        classes.score_split(recipe, model)
     model.head.bias.data[3] = float("nan")
     with pytest.raises(ValueError, match="it is broken"):
-        finetune.score(lesson()[0], model, count=2)
+        classes.score_split(lesson()[0], model, count=2)
 
 
 VIEWS = {"paper_k400": [4, 4, 4], "paper_ssv2": [2, 1], "paper_diving48": [2, 1]}
@@ -194,7 +195,7 @@ def test_the_papers_views_go_through_a_few_at_a_time(name, own, tmp_path, monkey
              "--model.window", "2,2,2", "--data.size", "64", "--data.short", "64,64",
              "--num-classes", "8", "--data.workers", "1", "--run.test-clips", "3"]  # fmt: skip
     recipe = override(FINETUNE[name](), small)
-    finetune.build_model(recipe).save_pretrained(tmp_path / "model")
+    parts.build_classifier(recipe).save_pretrained(tmp_path / "model")
     sizes, logits = [], Classifier.logits
 
     def watch(self, pixels, noise=None):
@@ -249,9 +250,9 @@ def test_validation_scores_the_weights_of_its_step(validated):
     marks = [row for row in record.values() if "val/top1" in row]
     assert len(record) == 6 and len(marks) == 3
     for step, row in zip((2, 4, 6), marks, strict=True):
-        model = finetune.build_model(recipe)
+        model = parts.build_classifier(recipe)
         load_strict(model, read_weights(checkpoint_of(folder, step)), "checkpoint")
-        score = finetune.score(recipe, model, "val", clips=1, crops=1)
+        score = classes.score_split(recipe, model, "val", clips=1, crops=1)
         assert [row[f"val/{k}"] for k in ("top1", "top5", "mean_class")] == [
             score.top1, score.top5, score.mean_class,
         ]  # fmt: skip
@@ -298,7 +299,7 @@ def test_a_run_that_was_stopped_is_not_tested(validated, tmp_path, capsys, monke
     """Stopped as asked: tested on so many clips as --run.test-clips says. By SIGTERM: not."""
     _, options, _ = validated
     seen = []
-    monkeypatch.setattr(finetune, "score", lambda recipe, model, **_: seen.append(1))
+    monkeypatch.setattr(finetune, "score_split", lambda recipe, model, **_: seen.append(1))
     for stop, clips, done, tested in (
         (0, 0, 6, True), (0, 0, 5, False), (0, 8, 5, False),
         (3, 0, 3, False), (3, 8, 3, True), (3, 8, 2, False),
@@ -307,7 +308,7 @@ def test_a_run_that_was_stopped_is_not_tested(validated, tmp_path, capsys, monke
         more += ["--run.folder", str(tmp_path)]
         recipe = override(FINETUNE["lesson_what"](), [*options[1:], *more])
         seen.clear()
-        finetune.finish(recipe, finetune.build_model(recipe), done, steps=6)
+        finetune.finish(recipe, parts.build_classifier(recipe), done, steps=6)
         assert bool(seen) == tested
         assert (f"not tested at step {done} of 6" in capsys.readouterr().out) != tested
     assert load_model(tmp_path / "model").classes == synthetic.KINDS

@@ -5,11 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
-from bevt_lib import pretrain
+from bevt_lib import parts, pretrain
 from bevt_lib.cli import override
 from bevt_lib.datasets.video import write_video
 from bevt_lib.presets import paper_image, paper_joint
-from bevt_lib.tokenizers.dalle import build, save_tokenizer
+from bevt_lib.tokenizers.dalle import DalleTokenizer, build
 from bevt_lib.weights.load import load_model, read_weights, save_weights
 
 
@@ -18,8 +18,8 @@ def files(tmp_path_factory):
     """DALL-E's whole architecture with random weights, an image stream's, one clip, one picture."""
     folder = tmp_path_factory.mktemp("full")
     torch.manual_seed(0)
-    save_tokenizer(*build(256, 2, 8192), folder / "tokenizer.safetensors")
-    image_stream = pretrain.build_model(paper_image())
+    DalleTokenizer(*build(256, 2, 8192)).save(folder / "tokenizer.safetensors")
+    image_stream = parts.build_bevt(paper_image())
     save_weights(image_stream.state_dict(), folder / "image_stream.safetensors")
     picture = np.random.default_rng(0).integers(0, 256, (256, 340, 3), dtype=np.uint8)
     write_video(folder / "clip.mp4", np.stack([np.roll(picture, i, 1) for i in range(130)]))
@@ -40,8 +40,8 @@ def test_one_step_at_full_size_moves_every_parameter(files):
         "--run.micro-batch", "1", "--run.stop-after", "1",
         "--model.drop-path", "0",  # else whole blocks are left out of a batch of one
     ])  # fmt: skip
-    before = pretrain.build_model(recipe)
-    report = pretrain.start_weights(recipe, before)
+    before = parts.build_bevt(recipe)
+    report = parts.initialise_bevt(recipe, before)
     assert "332 taken, 4 inflated, 8 fresh" in report
     model, history = pretrain.train(recipe)
     assert sum(p.numel() for p in model.parameters()) == 109_679_048

@@ -6,9 +6,11 @@ import torch
 from golden_numbers import CASES, TOLERANCES, arrays, rule_input, rule_weight
 from torch import nn
 
+from bevt_lib.base.config import Optim
 from bevt_lib.model.bevt import BEVT
 from bevt_lib.model.classifier import Classifier
 from bevt_lib.model.masking import mask_in_time
+from bevt_lib.training.step import stream_weights
 from bevt_lib.weights.formats import released_name, released_shape
 
 ATOL = TOLERANCES["outputs_atol"]
@@ -188,13 +190,15 @@ def test_head(case, parity):
         "video": (ids[:frames].unflatten(0, (-1, clip_len)), golden["mask_3d"], "3d"),
         "image": (ids[frames:, None], golden["mask_2d"][:, None], "2d"),
     }
+    both = (case.get("loss_weight_3d", 1.0), case.get("loss_weight_2d", 1.0))
+    weights = stream_weights(Optim(lr=1.0, clips=1, steps=1, loss_weights=both))
     for stream, (tokens, mask, tag) in targets.items():
         given = features[stream].view(*tokens.shape, width)
         model.features = lambda *args, given=given: given
         term = model.stream_loss(stream, None, tokens, torch.from_numpy(mask).bool())
-        mean = float(term.loss) / term.count
+        weighted = weights[stream] * float(term.loss) / term.count
         rtol = TOLERANCES["loss_rtol"]
-        parity("b losses (relative)", relative(mean, golden[f"loss_cls_{tag}"]), rtol)
+        parity("b losses (relative)", relative(weighted, golden[f"loss_cls_{tag}"]), rtol)
         head = model.token_head(features[stream])[0, :3, :8].detach()
         key = next(k for k in golden if k.startswith("logits") and tag in k)
         parity("b token head", np.abs(head.numpy() - golden[key]).max(), ATOL)

@@ -1,5 +1,6 @@
 """Notebooks as pages: run in order, small, on one idea each; their exercises can be solved."""
 
+import base64
 import re
 from pathlib import Path
 
@@ -72,6 +73,28 @@ def test_exercises_pass_unanswered_and_their_solutions_are_right(path):
         exec(solution, scope)
         call = re.search(r"^print\((check_\w+\(.*\))\)$", cell.source, re.M).group(1)
         assert eval(call, scope) == "right"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_every_question_is_answered_after_its_cell(path):
+    """After "**Predict" come code and, before the next, a text that begins with "**Answer**"."""
+    open_question = ran = False
+    for cell in read(path).cells:
+        ran |= cell.cell_type == "code"
+        if cell.cell_type == "markdown":
+            if cell.source.startswith("**Answer**"):
+                assert open_question and ran, cell.source
+                open_question = False
+            if "**Predict" in cell.source:
+                assert not open_question, cell.source
+                open_question, ran = True, False
+    assert not open_question
+
+
+def test_the_readme_shows_notebook_00_s_picture():
+    pictures = [o.data["image/jpeg"] for c in code_cells(NOTEBOOKS[0]) for o in c.outputs
+                if "image/jpeg" in o.get("data", {})]  # fmt: skip
+    assert base64.b64decode(pictures[0]) == (NOTEBOOKS[0].parent / "strip.jpg").read_bytes()
 
 
 def links(path):

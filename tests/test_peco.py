@@ -12,14 +12,14 @@ import pytest
 import tiny_peco
 import torch
 
-from bevt_lib import train_tokenizer
+from bevt_lib import parts, train_tokenizer
 from bevt_lib.base.files import data_folder
 from bevt_lib.presets import TRAIN_TOKENIZER, lesson_dvae, lesson_peco, paper_dvae
 from bevt_lib.tokenizers import perceptual
-from bevt_lib.tokenizers.base import psnr
+from bevt_lib.tokenizers.base import START_PICTURES, psnr
 from bevt_lib.tokenizers.dalle import build
 from bevt_lib.tokenizers.load import load_tokenizer
-from bevt_lib.tokenizers.peco import COMMITMENT, DECAY, Peco, PecoTokenizer, nearest, save_peco
+from bevt_lib.tokenizers.peco import COMMITMENT, DECAY, Peco, PecoShape, PecoTokenizer, nearest
 from bevt_lib.tokenizers.perceptual import LABEL_FREE, SUPERVISED, PerceptualDistance
 from bevt_lib.training.optim import learning_rate
 from bevt_lib.weights.load import save_weights
@@ -36,7 +36,7 @@ def pictures():
 
 def tokenizer(factor=8):
     torch.manual_seed(0)
-    made = PecoTokenizer(hidden=4, blocks=1, code_dim=3, factor=factor, vocab_size=32)
+    made = PecoTokenizer(PecoShape(hidden=4, blocks=1, code_dim=3, factor=factor, vocab_size=32))
     noise = torch.rand(32, 3, factor, factor) * 2 - 1
     made.codes.copy_(made.encoder(noise).flatten(1))  # else all cells would have the same few
     return made
@@ -83,28 +83,28 @@ def test_sixteen_pixels_an_id(pictures):
     ids = mine.encode(pictures[:, :, :32].repeat(1, 1, 2, 1)[:, :48])
     assert ids.shape == (5, 3, 4) and mine.decode(ids).shape == (5, 48, 64, 3)
     with pytest.raises(ValueError, match="power of 2"):
-        PecoTokenizer(hidden=4, blocks=1, code_dim=3, factor=12, vocab_size=32)
+        PecoTokenizer(PecoShape(hidden=4, blocks=1, code_dim=3, factor=12, vocab_size=32))
 
 
 def test_a_tokenizer_survives_saving(pictures, tmp_path):
     path = tmp_path / "peco.safetensors"
-    save_peco(tokenizer(), path)
+    tokenizer().save(path)
     again = load_tokenizer(path)
     assert isinstance(again, PecoTokenizer)
     ids = tokenizer().encode(pictures)
     assert torch.equal(again.encode(pictures), ids)
     assert torch.equal(again.decode(ids), tokenizer().decode(ids))
     small = tmp_path / "half.safetensors"
-    save_peco(tokenizer(), small, torch.float16)
+    tokenizer().save(small, torch.float16)
     assert small.stat().st_size < 0.6 * path.stat().st_size
     assert (load_tokenizer(small).encode(pictures) == ids).float().mean() > 0.9
 
 
 def test_a_file_that_is_not_its_header_is_refused(tmp_path):
     broken = tokenizer()
-    broken.shape["hidden"] = 8
-    save_peco(broken, tmp_path / "odd.safetensors")
-    with pytest.raises(ValueError, match="doesn't fit its own header") as told:
+    broken.architecture["hidden"] = 8
+    broken.save(tmp_path / "odd.safetensors")
+    with pytest.raises(ValueError, match=r"peco tokenizer of {'hidden': 8.*don't fit") as told:
         load_tokenizer(tmp_path / "odd.safetensors")
     assert "\n" not in str(told.value)
 
@@ -118,7 +118,7 @@ def batch_of(pictures):
 
 def model(**settings):
     torch.manual_seed(0)
-    made = Peco(hidden=4, blocks=1, code_dim=3, factor=8, vocab_size=6, **settings)
+    made = Peco(PecoShape(hidden=4, blocks=1, code_dim=3, factor=8, vocab_size=6), **settings)
     made.codes.copy_(0.2 * torch.randn(6, 3))
     made.uses.fill_(20.0)
     return made.train()
@@ -153,7 +153,7 @@ def test_dead_codes_move_onto_cells_of_the_batch(pictures):
     mine.uses[[1, 4]] = 0.1
     kept = mine.codes[[0, 2, 3, 5]].clone()
     mine(batch_of(pictures), {})
-    features = mine._named[0][0]
+    features = mine._seen[0][0]
     assert mine.update_codes(torch.Generator().manual_seed(3))["picture/revived"] == 2
     fresh = mine.codes[[1, 4]]
     assert all((features == code).all(1).any() for code in fresh)
@@ -193,7 +193,7 @@ def test_the_perceptual_term_has_its_weight(pictures):
         plain.loss.item() + 0.7 * term.logs["perceptual"].item(), rel=1e-5
     )
     assert term.logs["perceptual"] > 0 and "perceptual" not in plain.logs
-    names = Peco(4, 1, 3, 8, 6, perceptual=PerceptualDistance(LABEL_FREE)).state_dict()
+    names = Peco(PecoShape(4, 1, 3, 8, 6), PerceptualDistance(LABEL_FREE)).state_dict()
     assert not any("network" in name for name in names)  # it is in no checkpoint
 
 
@@ -273,12 +273,11 @@ def test_the_supervised_network_is_the_packages_own(supervised):
 
 
 def test_the_label_free_network_is_the_image_stream(pictures):
-    from bevt_lib import pretrain
     from bevt_lib.model.normalisation import normalise
     from bevt_lib.presets import lesson_image
     from bevt_lib.weights.load import load_strict, read_weights
 
-    stream = pretrain.build_model(lesson_image()).eval()
+    stream = parts.build_bevt(lesson_image()).eval()
     path = data_folder() / "weights" / "lesson_image.safetensors"
     load_strict(stream, read_weights(path), "lesson_image")
     frames = torch.randint(0, 256, (2, 1, 96, 96, 3), dtype=torch.uint8)
@@ -348,7 +347,7 @@ def test_networks_that_cannot_be_had_are_refused_in_one_line(tmp_path, monkeypat
     for name, weights, message in (
         ("vit_base_patch16_224", "", "--perceptual-weights"),
         ("no_such_model", "x", "timm gives no features of 'no_such_model'"),
-        ("resnet10t", str(tmp_path / "other.safetensors"), "lacks"),
+        ("resnet10t", str(tmp_path / "other.safetensors"), "missing"),
         ("resnet10t", str(tmp_path / "none"), "no weights at"),
     ):
         with pytest.raises(ValueError, match=message) as told:
@@ -380,14 +379,11 @@ def test_peco_trains_looks_and_leaves_a_tokenizer(perceptual, tmp_path):
     assert ("picture/perceptual" in history[0]) == (perceptual != "none")
     made = load_tokenizer(run / "tokenizer.safetensors")
     _, held = train_tokenizer.split_entries(lesson_peco())
-    items = train_tokenizer.pictures_of(lesson_peco(), held)
-    views = torch.from_numpy(
-        np.stack([items.sample(0, i)["tokenizer_input"] for i in range(len(held))])
-    )
-    painted = made.decode(made.encode(views))
-    assert history[-1]["val/psnr"] == pytest.approx(psnr(views, painted), abs=1e-4)
+    pictures = train_tokenizer.stack(train_tokenizer.pictures_of(lesson_peco(), held))
+    painted = made.decode(made.encode(pictures))
+    assert history[-1]["val/psnr"] == pytest.approx(psnr(pictures, painted), abs=1e-4)
     strip = cv2.imread(str(run / "strips" / "step_00000004.png"))[..., ::-1]
-    rows = np.concatenate([np.concatenate(list(p[::8].numpy()), 1) for p in (views, painted)])
+    rows = np.concatenate([np.concatenate(list(p[::8].numpy()), 1) for p in (pictures, painted)])
     assert strip.shape == (96, 8 * 48, 3) and np.abs(strip.astype(int) - rows).max() <= 1
     assert {p.name for p in (run / "strips").iterdir()} == {"step_00000002.png",
                                                             "step_00000004.png"}  # fmt: skip
@@ -413,8 +409,11 @@ def test_the_lesson_fits_bevts_grid():
     """BEVT's 96 px crops have a grid of 6x6 ids."""
     recipe = lesson_peco()
     made = train_tokenizer.build_model(recipe).tokenizer()
-    views = torch.zeros(1, 6 * recipe.tokens.factor, 6 * recipe.tokens.factor, 3, dtype=torch.uint8)
-    assert made.encode(views).shape == (1, 6, 6) and made.vocab_size == 256
+    side = 6 * recipe.tokens.factor
+    assert (
+        made.encode(torch.zeros(1, side, side, 3, dtype=torch.uint8)).shape == (1, 6, 6)
+        and made.vocab_size == 256
+    )
 
 
 def test_dalles_schedules_are_the_published_ones():
@@ -422,12 +421,15 @@ def test_dalles_schedules_are_the_published_ones():
     recipe = paper_dvae()
     rates = [learning_rate(recipe.optim, s, 0) for s in (0, 600_000, 1_200_000, 2_999_999)]
     assert np.allclose(rates, [1e-4, (1e-4 + 1.25e-6) / 2, 1.25e-6, 1.25e-6], rtol=1e-9)
-    view = torch.zeros(1, 8, 8, 3, dtype=torch.uint8)
+    picture = torch.zeros(1, 8, 8, 3, dtype=torch.uint8)
+    with torch.device("meta"):
+        model = train_tokenizer.build_model(recipe)
 
     def at(step):
-        batch = {"picture": {"tokenizer_input": view, "position": torch.zeros(1)}}
-        part = train_tokenizer.prepare_batch(recipe, batch, step)["picture"]
-        return part["temperature"], part["kl_weight"], part["noise_scale"], part["decoder_only"]
+        batch = {"picture": {"tokenizer_input": picture, "position": torch.zeros(1)}}
+        part = train_tokenizer.prepare_batch(model, recipe.optim, batch, step)["picture"]
+        names = ("temperature", "kl_weight", "noise_scale", "decoder_only")
+        return tuple(part["schedule"][name] for name in names)
 
     assert at(0) == (1.0, 0.0, 1.0, False)
     assert np.allclose(at(2_500)[1], 3.3) and np.allclose(at(75_000)[0], (1 + 1 / 16) / 2)
@@ -439,11 +441,12 @@ def test_dalles_schedules_are_the_published_ones():
 
 
 def test_dalles_own_start_is_the_packages():
-    """With ``quick_start`` off: branches as small as DALL-E's, words random."""
+    """With ``quick_start`` off: branches as small as DALL-E's, ids random."""
     recipe = train_tokenizer.choose(
         TRAIN_TOKENIZER, ["lesson_dvae", "--quick-start", "false"], "train_tokenizer"
     )
     plain, quick_one = (train_tokenizer.build_model(r) for r in (recipe, lesson_dvae()))
+    assert plain.start_pictures == 0 and quick_one.start_pictures == START_PICTURES
     encoder, _ = build(recipe.hidden, recipe.blocks, 256)
     block = encoder.blocks.group_2.block_1
     spread = [m.encoder.blocks.group_2.block_1.res_path.conv_4.w.std() for m in (plain, quick_one)]
@@ -454,11 +457,11 @@ def test_dalles_own_start_is_the_packages():
 
 def test_a_few_held_out_pictures_make_a_short_strip(tmp_path):
     """Of one's own folder of six pictures three are held out."""
-    views = torch.arange(3 * 16 * 16 * 3).view(3, 16, 16, 3).to(torch.uint8)
-    tokenizer = Peco(hidden=4, blocks=1, code_dim=4, factor=8, vocab_size=12).tokenizer()
-    train_tokenizer.score_and_draw(tokenizer, views, tmp_path / "strip.png")
+    pictures = torch.arange(3 * 16 * 16 * 3).view(3, 16, 16, 3).to(torch.uint8)
+    tokenizer = PecoTokenizer(PecoShape(hidden=4, blocks=1, code_dim=4, factor=8, vocab_size=12))
+    train_tokenizer.score_and_draw(tokenizer, pictures, tmp_path / "strip.png")
     strip = torch.from_numpy(cv2.imread(str(tmp_path / "strip.png"))[..., ::-1].copy())
-    assert strip.shape == (32, 48, 3) and torch.equal(strip[:16], torch.cat(list(views), 1))
+    assert strip.shape == (32, 48, 3) and torch.equal(strip[:16], torch.cat(list(pictures), 1))
 
 
 @pytest.mark.parametrize("name", ["lesson_peco", "paper_dvae", "paper_peco"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_cli import run
 
-from bevt_lib import finetune, pretrain
+from bevt_lib import parts, pretrain
 from bevt_lib.base.config import flatten
 from bevt_lib.datasets import synthetic
 from bevt_lib.presets import FINETUNE, PRETRAIN, TRAIN_TOKENIZER
@@ -153,10 +153,10 @@ def test_a_small_stage_is_estimated_well_under_its_twenty_minutes(name):
     steps = total_steps(recipe.optim, 0)
     with torch.device("meta"):
         if name in FINETUNE:
-            items = [(recipe.optim.clips, cost.clip_item(recipe, finetune.build_model(recipe)))]
+            items = [(recipe.optim.clips, cost.clip_item(recipe, parts.build_classifier(recipe)))]
         else:
-            model = pretrain.build_model(recipe)
-            words = pretrain.build_tokenizer(recipe).to("meta")
+            model = parts.build_bevt(recipe)
+            words = parts.build_tokenizer(recipe).to("meta")
             batches = pretrain.global_batches(recipe)
             items = [(n, cost.token_item(recipe, model, words, s)) for s, n in batches.items()]
     student, frozen = (
@@ -191,7 +191,7 @@ def test_every_small_preset_starts_on_the_cpu(tmp_path):
     for name in ("small_what", "small_how"):
         folder, told = start("finetune", name, "--run.init", joint, "--run.test-clips", "8")
         assert "on 8 clips" in told.stdout
-        assert load_model(folder).classes == finetune.CLASSES[name.removeprefix("small_")]
+        assert load_model(folder).classes == synthetic.CLASSES[name.removeprefix("small_")]
 
 
 @pytest.fixture(scope="module")

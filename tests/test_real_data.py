@@ -18,9 +18,9 @@ from bevt_lib.base import files
 from bevt_lib.cli import override
 from bevt_lib.datasets import lists
 from bevt_lib.datasets.lists import Entry, find_videos, leave_out_bad, read_classes, read_entries
+from bevt_lib.datasets.sources import pretraining_items
 from bevt_lib.datasets.video import Video, write_video
 from bevt_lib.presets import FINETUNE, PRETRAIN, paper_joint
-from bevt_lib.pretrain import build_items
 
 # Kinetics has names with spaces and apostrophes; its numbers are their alphabetical order.
 KINETICS = ["abseiling", "air drumming", "massaging person's head", "zumba"]
@@ -185,9 +185,9 @@ def test_plain_lists_stay_plain_whatever_their_suffix(tmp_path):
 def test_imagenet_is_read_from_folders_and_from_a_list(tmp_path):
     listed = imagenet(tmp_path)
     common = ["--data.image-root", str(tmp_path / "train")]
-    by_folder = build_items(override(paper_joint(), common), "image")
-    by_list = build_items(override(paper_joint(), [*common, "--data.image-list", str(listed)]),
-                          "image")  # fmt: skip
+    by_folder = pretraining_items(override(paper_joint(), common), "image")
+    with_list = [*common, "--data.image-list", str(listed)]
+    by_list = pretraining_items(override(paper_joint(), with_list), "image")
     assert sorted(by_list.entries) == list(by_folder.entries) and len(by_list) == 6
     assert [e.label for e in by_folder.entries] == [0, 0, 1, 1, 2, 2]
 

@@ -17,7 +17,7 @@ import tiny_run
 from safetensors.torch import load_file
 
 from bevt_lib.base.config import flatten
-from bevt_lib.finetune import build_model
+from bevt_lib.parts import build_classifier
 from bevt_lib.presets import lesson_how, lesson_image
 from bevt_lib.training import checkpoint, run_folder
 from bevt_lib.training.loop import TIMINGS
@@ -297,13 +297,13 @@ def test_a_record_that_cannot_be_written_stops_the_run_at_its_next_save(tmp_path
 
 def test_two_runs_in_one_folder_are_kept_apart(whole, monkeypatch):
     """The lock is the process's own: another process has to hold it."""
-    monkeypatch.setattr(run_folder, "PATIENCE", 0.3)
+    monkeypatch.setattr(run_folder, "LOCK_TIMEOUT", 0.3)
     hold = ("import fcntl, sys; file = open(sys.argv[1], 'r+'); fcntl.lockf(file, fcntl.LOCK_EX); "
             "print('held', flush=True); sys.stdin.read()")  # fmt: skip
     with subprocess.Popen([sys.executable, "-c", hold, str(whole / "config.json")], text=True,
                           stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:  # fmt: skip
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match="another run is at work in"):
+        with pytest.raises(ValueError, match="another run is active in"):
             run(whole, keep=99)
         other.kill()
     assert len(run(whole, keep=99)) == STEPS
@@ -344,7 +344,7 @@ def test_colleagues_may_read_what_a_run_leaves(tmp_path):
     before = os.umask(0o027)
     try:
         run(tmp_path, stop_after=3)
-        build_model(lesson_how()).save_pretrained(tmp_path / "model")
+        build_classifier(lesson_how()).save_pretrained(tmp_path / "model")
     finally:
         os.umask(before)
     files = [f for f in tmp_path.rglob("*") if f.is_file()]

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from bevt_lib import finetune, pretrain, train_tokenizer
+from bevt_lib import finetune, parts, pretrain, train_tokenizer
 from bevt_lib.base import files
 from bevt_lib.base.config import flatten
-from bevt_lib.datasets import synthetic
+from bevt_lib.datasets import sources, synthetic
 from bevt_lib.presets import FINETUNE, PRETRAIN, TRAIN_TOKENIZER, lesson_image
+from bevt_lib.scoring import classes
 from bevt_lib.tokenizer_scores import distance_under
 from bevt_lib.tokenizers import base, baselines
 from bevt_lib.tokenizers.load import load_tokenizer
@@ -84,7 +85,7 @@ def test_the_first_steps_can_be_replayed(name, tmp_path):
 
 @pytest.fixture(scope="module")
 def views():
-    items = pretrain.build_items(lesson_image(), "image", "test")
+    items = sources.pretraining_items(lesson_image(), "image", "test")
     return torch.from_numpy(
         np.stack([items.sample(0, i)["tokenizer_input"][0] for i in range(512)])
     )
@@ -93,8 +94,8 @@ def views():
 def test_the_tokenizer_beats_kmeans_and_uses_its_words(views):
     from sklearn.cluster import MiniBatchKMeans
 
-    tokenizer = pretrain.build_tokenizer(lesson_image())
-    train = pretrain.build_items(lesson_image(), "image", "train")
+    tokenizer = parts.build_tokenizer(lesson_image())
+    train = sources.pretraining_items(lesson_image(), "image", "train")
     fit = torch.from_numpy(
         np.stack([train.sample(0, i)["tokenizer_input"][0] for i in range(0, 3072, 3)])
     )
@@ -131,7 +132,7 @@ def test_peco_looks_nearer_than_the_dvae_and_uses_its_codes(views):
 @pytest.mark.parametrize("name", ["lesson_image", "lesson_joint"])
 def test_pretraining_learned_more_than_frequencies(name):
     recipe = PRETRAIN[name]()
-    model = pretrain.build_model(recipe)
+    model = parts.build_bevt(recipe)
     load_strict(model, read_weights(WEIGHTS / f"{name}.safetensors"), name)
     for stream in recipe.streams:
         score = pretrain.score(recipe, model, stream, 256)
@@ -141,7 +142,7 @@ def test_pretraining_learned_more_than_frequencies(name):
 @pytest.mark.parametrize("name", ["lesson_how", "lesson_what"])
 def test_fine_tuning_is_clearly_above_chance(name):
     recipe = FINETUNE[name]()
-    model = finetune.build_model(recipe)
+    model = parts.build_classifier(recipe)
     load_strict(model, read_weights(WEIGHTS / f"{name}.safetensors"), name)
-    score = finetune.score(recipe, model)
+    score = classes.score_split(recipe, model)
     assert score.clips == 1024 and score.lower95 > 1 / 8 + 0.15, score

@@ -15,14 +15,15 @@ import torch
 from bevt_lib import pretrain
 from bevt_lib.base import files
 from bevt_lib.cli import override
+from bevt_lib.datasets import sources
 from bevt_lib.model.bevt import BEVT
 from bevt_lib.model.masking import block_mask, tube_mask
 from bevt_lib.presets import lesson_image
 from bevt_lib.tokenizers import base, baselines, dvae
 from bevt_lib.tokenizers.base import CHUNK, add_tokens
-from bevt_lib.tokenizers.dalle import DalleTokenizer, build, expected_pixels, save_tokenizer
+from bevt_lib.tokenizers.dalle import DalleTokenizer, build, expected_pixels
 from bevt_lib.tokenizers.load import load_tokenizer
-from bevt_lib.tokenizers.peco import PecoTokenizer, save_peco
+from bevt_lib.tokenizers.peco import PecoShape, PecoTokenizer
 from bevt_lib.weights.load import save_weights
 
 
@@ -86,13 +87,13 @@ def test_half_precision_is_the_packages_own(parts, pictures, monkeypatch):
 def test_half_precision_changes_few_of_the_trained_ids():
     """21 of 18,432 on 512 held-out stills in float16, 236 in bfloat16 (two CPU cores)."""
     tokenizer = load_tokenizer(files.data_folder() / "weights" / "lesson_dvae.safetensors")
-    items = pretrain.build_items(lesson_image(), "image", "test")
-    views = torch.from_numpy(
+    items = sources.pretraining_items(lesson_image(), "image", "test")
+    pictures = torch.from_numpy(
         np.stack([items.sample(0, i)["tokenizer_input"][0] for i in range(48)])
     )
-    exact = tokenizer.encode(views)
+    exact = tokenizer.encode(pictures)
     with torch.autocast("cpu", torch.float16):
-        changed = (tokenizer.encode(views) != exact).float().mean()
+        changed = (tokenizer.encode(pictures) != exact).float().mean()
     assert changed < 0.01 and len(exact.unique()) > 64
 
 
@@ -140,15 +141,22 @@ def test_divergence_from_uniform_agrees_with_torch():
 
 
 def batch_of(pictures, **settings):
-    part = {"pixels": pictures.permute(0, 3, 1, 2).float() / 255, "temperature": 0.5,
-            "noise_scale": 1.0, "decoder_only": False, "kl_weight": 0.1,
-            "balance_weight": 0.1} | settings  # fmt: skip
-    return {"picture": part}
+    schedule = {"temperature": 0.5, "noise_scale": 1.0, "decoder_only": False, "kl_weight": 0.1,
+                "balance_weight": 0.1} | settings  # fmt: skip
+    pixels = pictures.permute(0, 3, 1, 2).float() / 255
+    return {"picture": {"pixels": pixels, "schedule": schedule}}
 
 
-def test_gradients_pass_the_relaxation_and_stop_at_chosen_words(pictures):
+SCHEDULE = {
+    "temperature": (1.0, 0.25, 8),
+    "kl_weight": (0.0, 4.0, 4),
+    "balance_weight": (0.3, 0.3, 0),
+}
+
+
+def test_gradients_pass_the_relaxation_and_stop_at_chosen_ids(pictures):
     torch.manual_seed(0)
-    model = dvae.DVAE(16, 1, 32, (6, 5))
+    model = dvae.DVAE(*build(16, 1, 32), (6, 5), SCHEDULE)
     noise = {"picture": torch.rand(5, model.noise_sizes["picture"])}
     model(batch_of(pictures), noise)["picture"].loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.encoder.parameters())
@@ -162,13 +170,14 @@ def test_gradients_pass_the_relaxation_and_stop_at_chosen_words(pictures):
 ALL_KINDS = """
 import sys
 from dataclasses import replace
-from bevt_lib import dist, train_tokenizer
+from bevt_lib import train_tokenizer
+from bevt_lib.base import distributed
 from bevt_lib.presets import lesson_dvae
 recipe = lesson_dvae()
 optim = replace(recipe.optim, images=8, steps=4, warmup=0, restarts=((3, 0.5), (4, 0.5)))
 run = replace(recipe.run, threads=1, folder=sys.argv[1])
 recipe = replace(recipe, hidden=16, optim=optim, run=run, balance_weight=0.0, watch_every=0)
-with dist.world():
+with distributed.world():
     train_tokenizer.train(recipe)
 """
 
@@ -189,12 +198,26 @@ def test_processes_train_alike_where_the_encoder_is_left_out(tmp_path):
         curves.append([json.loads(line)["loss"] for line in lines])
     one, two = np.array(curves)
     assert len(one) == 11 and np.allclose(one[:6], two[:6], rtol=1e-3)
-    assert np.allclose(one, two, rtol=1e-2)  # a word at the border may turn by rounding
+    assert np.allclose(one, two, rtol=1e-2)  # an id at the border may turn by rounding
     assert one[-1] < one[-4]
 
 
+def test_a_schedule_sets_what_a_step_minimises():
+    """Half cosines between start and end; without noise in the second cosine of the rate."""
+    model = dvae.DVAE(*build(16, 1, 32), (6, 5), SCHEDULE)
+    plain = {"noise_scale": 1.0, "decoder_only": False, "balance_weight": 0.3}
+    assert model.schedule_at(0, 0) == plain | {"temperature": 1.0, "kl_weight": 0.0}
+    assert model.schedule_at(4, 1) == plain | {
+        "temperature": 0.625,
+        "kl_weight": 4.0,
+        "noise_scale": 0.0,
+    }
+    last = plain | {"temperature": 0.25, "kl_weight": 4.0, "noise_scale": 0.0, "decoder_only": True}
+    assert model.schedule_at(100, 2) == last
+
+
 def test_each_picture_has_its_own_noise(pictures):
-    model = dvae.DVAE(16, 1, 32, (6, 5))
+    model = dvae.DVAE(*build(16, 1, 32), (6, 5), SCHEDULE)
     noise = torch.rand(5, model.noise_sizes["picture"])
     settings = {"balance_weight": 0.0}
     whole = model(batch_of(pictures, **settings), {"picture": noise})["picture"].loss
@@ -227,7 +250,7 @@ def test_psnr_and_baselines(pictures):
 
 def peco(factor=16):
     torch.manual_seed(2)
-    tokenizer = PecoTokenizer(8, 1, 4, factor, 24)
+    tokenizer = PecoTokenizer(PecoShape(8, 1, 4, factor, 24))
     colours = 2 * torch.rand(24, 3, 1, 1).expand(-1, -1, 2 * factor, 2 * factor) - 1
     tokenizer.codes.copy_(tokenizer.encoder(colours)[:, :, 0, 0])
     return tokenizer
@@ -243,33 +266,44 @@ def cells(rng, *shape):
 def test_all_tokenizers_have_one_interface(parts, kind, tmp_path):
     """Pixels 0 to 255 in and out; vocabulary and factor are the file's."""
     path = tmp_path / "tokenizer.safetensors"
-    if kind == "peco":
-        made = peco()
-        save_peco(made, path)
-    else:
-        made = DalleTokenizer(*parts)
-        save_tokenizer(*parts, path)
+    made = peco() if kind == "peco" else DalleTokenizer(*parts)
+    made.save(path)
     tokenizer = load_tokenizer(path)
     assert type(tokenizer) is type(made)
     assert (tokenizer.vocab_size, tokenizer.factor) == (made.vocab_size, made.factor)
-    views = torch.from_numpy(cells(np.random.default_rng(0), CHUNK + 3, 32, 48))
-    ids = tokenizer.encode(views)
-    assert torch.equal(ids, made.encode(views)) and ids.dtype == torch.int64
-    assert ids.shape == (len(views), 32 // made.factor, 48 // made.factor)
+    assert tokenizer.digest() == made.digest()
+    pictures = torch.from_numpy(cells(np.random.default_rng(0), CHUNK + 3, 32, 48))
+    ids = tokenizer.encode(pictures)
+    assert torch.equal(ids, made.encode(pictures)) and ids.dtype == torch.int64
+    assert ids.shape == (len(pictures), 32 // made.factor, 48 // made.factor)
     assert ids.min() >= 0 and ids.max() < tokenizer.vocab_size and len(ids.unique()) > 3
     painted = tokenizer.decode(ids)
-    assert painted.shape == views.shape and painted.dtype == torch.uint8
+    assert painted.shape == pictures.shape and painted.dtype == torch.uint8
     assert painted.max() > 2  # not in 0..1
-    alone = torch.cat([tokenizer.encode(view[None]) for view in views[-4:]])
+    alone = torch.cat([tokenizer.encode(picture[None]) for picture in pictures[-4:]])
     assert torch.equal(ids[-4:], alone)
-    for wrong in (views.float(), views[0], views.permute(0, 3, 1, 2), views[:, :28]):
+    for wrong in (pictures.float(), pictures[0], pictures.permute(0, 3, 1, 2), pictures[:, :28]):
         with pytest.raises(ValueError, match=r"uint8|multiples"):
             tokenizer.encode(wrong)
 
 
+@pytest.mark.parametrize("kind", ["dalle", "peco"])
+def test_the_digest_is_of_what_ids_depend_on(kind):
+    """A changed encoder or codebook changes it, a changed decoder doesn't."""
+    made = peco() if kind == "peco" else DalleTokenizer(*build(16, 1, 32))
+    first = made.digest()
+    for part, differs in (("decoder.", False), ("encoder.", True), ("codes", True)):
+        for name, value in made.state_dict().items():
+            if name.startswith(part):
+                value.add_(1.0)
+                assert (made.digest() != first) == differs, name
+                value.sub_(1.0)
+                first = made.digest()  # rounding may have changed the value
+
+
 def test_a_run_and_its_plan_are_sized_from_the_file(tmp_path):
-    """PeCo at 16 px a token: views of 96 px, where the recipe's own tokenizer wants 48."""
-    save_peco(peco(), tmp_path / "peco.safetensors")
+    """PeCo at 16 px a token: an input of 96 px, where the recipe's own tokenizer wants 48."""
+    peco().save(tmp_path / "peco.safetensors")
     recipe = override(lesson_image(), [
         "--tokens.weights", str(tmp_path / "peco.safetensors"), "--data.workers", "0",
         "--optim.images", "2", "--run.stop-after", "1", "--run.folder", str(tmp_path / "run"),
@@ -282,19 +316,19 @@ def test_a_run_and_its_plan_are_sized_from_the_file(tmp_path):
 
 
 class Counting:
-    """A tokenizer that counts what it is asked to name."""
+    """A tokenizer that counts the pictures it is given."""
 
     def __init__(self, tokenizer):
-        self.tokenizer, self.named = tokenizer, 0
+        self.tokenizer, self.seen = tokenizer, 0
 
-    def encode(self, view):
-        self.named += len(view)
-        return self.tokenizer.encode(view)
+    def encode(self, pictures):
+        self.seen += len(pictures)
+        return self.tokenizer.encode(pictures)
 
 
 @pytest.mark.parametrize("make", [lambda parts: DalleTokenizer(*parts), lambda parts: peco(8)])
-def test_naming_only_frames_with_a_hidden_place_changes_no_bit(parts, make):
-    """Losses, counts and gradients of a joint batch, bit by bit; a quarter less is named."""
+def test_encoding_only_frames_with_a_hidden_place_changes_no_bit(parts, make):
+    """Losses, counts and gradients of a joint batch, bit by bit; a quarter less is encoded."""
     rng, clips, frames = np.random.default_rng(0), 4, 8
     masks = np.stack([tube_mask((frames // 2, 4, 4), Random(i)) for i in range(clips)])
     stills = np.stack([block_mask((4, 4), Random(i))[None] for i in range(3)])
@@ -316,7 +350,7 @@ def test_naming_only_frames_with_a_hidden_place_changes_no_bit(parts, make):
         model.zero_grad()
         terms = model(ready)
         sum(term.loss for term in terms.values()).backward()
-        told.append((tokenizer.named, ready, terms, [p.grad.clone() for p in model.parameters()]))
+        told.append((tokenizer.seen, ready, terms, [p.grad.clone() for p in model.parameters()]))
     (every, whole, terms, grads), (some, ready, sparse, sparse_grads) = told
     kept = masks.any((2, 3)).repeat(2, 1)
     assert every == clips * frames + 3 and some == kept.sum() + 3 < every
@@ -333,7 +367,7 @@ def test_naming_only_frames_with_a_hidden_place_changes_no_bit(parts, make):
 
 
 def test_a_tokenizer_survives_saving(parts, pictures, tmp_path):
-    save_tokenizer(*parts, tmp_path / "t.safetensors")
+    DalleTokenizer(*parts).save(tmp_path / "t.safetensors")
     again = load_tokenizer(tmp_path / "t.safetensors")
     assert torch.equal(again.encode(pictures), DalleTokenizer(*parts).encode(pictures))
     again.train()

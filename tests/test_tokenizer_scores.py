@@ -1,40 +1,46 @@
-"""The scores of tokenizers against scikit-image, and on ids whose meaning is known."""
+"""The scores of tokenizers against slow formulas, and on ids whose meaning is known."""
 
 import json
 
 import numpy as np
 import pytest
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 
 from bevt_lib import tokenizer_scores
 from bevt_lib.tokenizer_scores import Readability, read_what, ssim
 from bevt_lib.tokenizers.perceptual import LABEL_FREE, PerceptualDistance
 
 
-def test_ssim_is_scikit_images():
-    from skimage.metrics import structural_similarity
-
+def test_ssim_is_that_of_wang_et_al():
+    """Against their formula at every place where the 11 x 11 window fits, one window at a time."""
     rng = np.random.default_rng(0)
     pictures = rng.integers(0, 256, (3, 24, 32, 3), dtype=np.uint8)
     painted = np.clip(pictures + rng.normal(0, 40, pictures.shape), 0, 255).astype(np.uint8)
-    expected = [
-        structural_similarity(a, b, gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
-                              data_range=255, channel_axis=-1)
-        for a, b in zip(pictures, painted, strict=True)
-    ]  # fmt: skip
+    row = np.exp(-((np.arange(11) - 5) ** 2) / (2 * 1.5**2))
+    weights = np.outer(row, row) / row.sum() ** 2
+    found = []
+    for x, y in zip(*(sliding_window_view(p.astype(float), (11, 11), (1, 2)).reshape(-1, 11, 11)
+                      for p in (pictures, painted)), strict=True):  # fmt: skip
+        mx, my = (weights * x).sum(), (weights * y).sum()
+        vx, vy = (weights * (x - mx) ** 2).sum(), (weights * (y - my) ** 2).sum()
+        cov = (weights * (x - mx) * (y - my)).sum()
+        c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+        alike = (2 * mx * my + c1) * (2 * cov + c2)
+        found.append(alike / ((mx**2 + my**2 + c1) * (vx + vy + c2)))
     mine = ssim(torch.from_numpy(pictures), torch.from_numpy(painted))
-    assert mine == pytest.approx(np.mean(expected), abs=1e-6)
+    assert len(found) == 3 * 14 * 22 * 3 and mine == pytest.approx(np.mean(found), abs=1e-9)
     assert ssim(torch.from_numpy(pictures), torch.from_numpy(pictures)) == pytest.approx(1.0)
 
 
 def stills(kind, count, seed):
-    """Ids (count, 2, 2) of 8 words, and 4 labels that they tell, in one of two ways, or not."""
+    """Ids (count, 2, 2) out of 8, and 4 labels that they tell, in one of two ways, or not."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 4, count)
     ids = rng.integers(0, 4, (count, 2, 2))
-    if kind == "which":  # word 4 + label somewhere
+    if kind == "which":  # id 4 + label somewhere
         ids.reshape(count, 4)[np.arange(count), rng.integers(0, 4, count)] = 4 + labels
-    if kind == "where":  # word 7 at the place that the label names
+    if kind == "where":  # id 7 at the place of the label's number
         ids.reshape(count, 4)[np.arange(count), labels] = 7
     return torch.from_numpy(ids), labels
 
@@ -91,3 +97,9 @@ def test_bad_arguments_are_refused():
     for words in (["lesson_dvae"], ["--json"]):
         with pytest.raises(ValueError, match=r"usage: python -m bevt_lib\.tokenizer_scores"):
             tokenizer_scores.main(words)
+
+
+def test_a_missing_package_is_one_line_that_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(tokenizer_scores, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"scikit-learn and scikit-image: pip install .*scores"):
+        tokenizer_scores.main([])

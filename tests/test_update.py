@@ -19,6 +19,7 @@ from bevt_lib.model.swin import Swin
 from bevt_lib.scoring import cost
 from bevt_lib.training import checkpoint, loop, run_folder, step
 from bevt_lib.training.loop import TIMINGS, be_deterministic
+from bevt_lib.training.task import Task
 
 
 def losses(history):
@@ -76,6 +77,27 @@ def values(history):
     return [{k: v for k, v in e.items() if k not in TIMINGS} for e in history]
 
 
+def first_step(video: float, image: float) -> dict:
+    return tiny_run.run("", 1, loss_weights=(video, image), lr=1e-9, precision="fp64")[0]
+
+
+def test_losses_are_weighed_by_stream():
+    """Gradients are linear in the weights: three of them give the norm of any other."""
+    one, other, both = first_step(1, 0), first_step(0, 1), first_step(1, 1)
+    a, b, c = (entry["grad_norm"] ** 2 for entry in (one, other, both))
+    weighed = first_step(2, 3)
+    expected = 4 * a + 9 * b + 6 * (c - a - b)
+    assert weighed["grad_norm"] ** 2 == pytest.approx(expected, rel=1e-9)
+    assert weighed["loss"] == pytest.approx(2 * one["loss"] + 3 * other["loss"], rel=1e-12)
+    assert weighed["video/loss"] == one["loss"] and weighed["image/loss"] == other["loss"]
+
+
+def test_a_stream_that_is_not_declared_is_refused():
+    sources = {"sound": tiny_run.build_sources()["video"]}
+    with pytest.raises(ValueError, match=r"must be among video, image, .*got sound"):
+        Task(model=tiny_run.build_model(), sources=sources, steps=1, prepare=tiny_run.prepare)
+
+
 def test_an_overflow_in_fp16_skips_the_step_and_the_scale_is_resumed(large_scale, tmp_path):
     options = {"precision": "fp16", "save_every": 1}
     history = tiny_run.run(str(tmp_path / "whole"), 16, keep=99, **options)
@@ -90,9 +112,9 @@ def test_an_overflow_in_fp16_skips_the_step_and_the_scale_is_resumed(large_scale
     for number, left_out in enumerate(skipped):
         grown = scales[number] == 2 * scale and not left_out
         assert scales[number] == scale / 2 if left_out else scales[number] == scale or grown
-        if step:
+        if number:
             assert torch.equal(weights[number], weights[number - 1]) == bool(left_out)
-        scale = scales[step]
+        scale = scales[number]
     assert max(scales[i + 1] / scales[i] for i in range(15)) == 2  # after three good steps
     early = skipped.index(0)
     for stop in {1, early + 2}:  # before AdamW has any state, and between two growths

@@ -1,6 +1,8 @@
 """A trained model in use: predict, model folders of runs, convert_weights, timm's registry."""
 
+from bevt_lib import parts
 from bevt_lib.base import files
+from bevt_lib.scoring import classes
 
 import bevt_lib.weights.timm_models  # isort: skip  # noqa: F401  # before timm: bevt_lib's guard, its names
 
@@ -12,7 +14,6 @@ import timm
 import torch
 from test_cli import run
 
-from bevt_lib import finetune, pretrain
 from bevt_lib.datasets import synthetic
 from bevt_lib.model.bevt import BEVT
 from bevt_lib.model.classifier import Classifier
@@ -34,10 +35,10 @@ def models(tmp_path_factory):
     """Model folders of the shipped weights."""
     folder = tmp_path_factory.mktemp("models")
     for name in ("lesson_how", "lesson_what"):
-        model = finetune.build_model(FINETUNE[name]())
+        model = parts.build_classifier(FINETUNE[name]())
         load_strict(model, read_weights(WEIGHTS / f"{name}.safetensors"), name)
         model.save_pretrained(folder / name)
-    joint = pretrain.build_model(lesson_joint())
+    joint = parts.build_bevt(lesson_joint())
     load_strict(joint, read_weights(WEIGHTS / "lesson_joint.safetensors"), "lesson_joint")
     joint.save_pretrained(folder / "lesson_joint")
     return folder
@@ -56,7 +57,7 @@ def test_a_folder_classifies_clips_as_the_training_door_scores_them(models, clip
         a[0][0] == synthetic.MOTIONS[int(label)]
         for a, (_, label) in zip(answers, rows, strict=True)
     ]
-    score = finetune.score(FINETUNE["lesson_how"](), model, count=48)
+    score = classes.score_split(FINETUNE["lesson_how"](), model, count=48)
     assert np.mean(right) == score.top1 > 0.8
 
 
@@ -89,7 +90,7 @@ def test_predict_on_the_command_line(models, clips, tmp_path):
     page = tmp_path / "clip.mp4"
     page.write_text("<html>")
     for arguments, message in {
-        (str(tmp_path), clip): "no model folder",
+        (str(tmp_path), clip): "not a model folder",
         (str(models / "lesson_what"), str(page)): "clip.mp4",
         (str(models / "lesson_what"), "nowhere.mp4"): "no such video",
         (str(models / "lesson_what"), clip, "--top", "many"): "--top",
@@ -159,7 +160,7 @@ def test_timm_creates_our_encoders(models):
 
 
 def test_an_image_encoder_gives_the_image_streams_stages():
-    joint = pretrain.build_model(lesson_joint()).eval()
+    joint = parts.build_bevt(lesson_joint()).eval()
     load_strict(joint, read_weights(WEIGHTS / "lesson_joint.safetensors"), "lesson_joint")
     state = joint.state_dict()
     image = {k: v for k, v in state.items() if not k.startswith("patch_embed.video")}

@@ -17,9 +17,9 @@ from bevt_lib.base.config import Optim, Run
 from bevt_lib.base.seeds import Purpose, Stream, numpy_generator, seeded_globals, torch_generator
 from bevt_lib.datasets.items import Positions
 from bevt_lib.tokenizers.base import to_unit
-from bevt_lib.tokenizers.peco import Peco
+from bevt_lib.tokenizers.peco import Peco, PecoShape
 from bevt_lib.training import loop
-from bevt_lib.training.loop import Source
+from bevt_lib.training.task import Source, Task
 
 
 class Blots:
@@ -42,21 +42,21 @@ def alike(painted, pixels):
 def train(folder: str, steps: int, *, micro: int = 0, stop_after: int = 0):
     torch.set_num_threads(1)
     with seeded_globals(0, Purpose.WEIGHTS):
-        model = Peco(hidden=4, blocks=1, code_dim=4, factor=8, vocab_size=12, perceptual=alike)
+        model = Peco(PecoShape(hidden=4, blocks=1, code_dim=4, factor=8, vocab_size=12), alike)
     items = Positions(Blots(), seed=0, stream=Stream.IMAGE)
     start = np.stack([Blots().sample(0, i)["tokenizer_input"] for i in range(6)])
-    model.start_codes(to_unit(torch.from_numpy(start)), torch_generator(0, Purpose.WEIGHTS))
+    model.start_codebook(to_unit(torch.from_numpy(start)), torch_generator(0, Purpose.WEIGHTS))
     model.codes[:2] += 100.0  # dead from the start, to be revived
     model.uses[:2] = 0.0
-    history = loop.fit(
-        model, {"picture": Source(items, 12)}, Optim(lr=1e-2, images=12, steps=steps),
-        Run(folder=folder, micro_batch=micro, stop_after=stop_after, save_every=4), steps=steps,
+    task = Task(
+        model=model, sources={"picture": Source(items, 12)}, steps=steps,
         prepare=lambda batch, step: {"picture": batch["picture"] | {
             "pixels": to_unit(batch["picture"]["tokenizer_input"])}},
         after_step=lambda step: model.update_codes(torch_generator(0, Purpose.WEIGHTS, 1, step)),
         config={"steps": steps},
     )  # fmt: skip
-    return model, history
+    run = Run(folder=folder, micro_batch=micro, stop_after=stop_after, save_every=4)
+    return model, loop.fit(task, Optim(lr=1e-2, images=12, steps=steps), run)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from bevt_lib.model.classifier import Classifier
 from bevt_lib.model.masking import block_mask, tube_mask
 from bevt_lib.model.normalisation import normalise
 from bevt_lib.training import loop
-from bevt_lib.training.loop import Source
+from bevt_lib.training.task import Source, Task
 
 SHAPE = {"embed_dim": 8, "depths": (1, 1, 2, 1), "num_heads": (1, 1, 2, 2), "window": (2, 2, 2),
          "drop_path": 0.2, "linear_std": 0.0}  # fmt: skip
@@ -98,12 +98,12 @@ def note_digests(file: Path, batch, step: int) -> None:
 def train(folder: str, steps: int, *, model: str = "bevt", micro: int = 0, stop_after: int = 0,
           save_every: int = 4, keep: int = 2, seed: int = 0, ema: float = 0.0, workers: int = 0,
           precision: str = "auto", validate_every: int = 0, digests: str = "", lr: float = 3e-3,
-          **settings):  # fmt: skip
-    """Train; ``settings`` go to ``loop.fit``, those it doesn't know to ``Run``."""
+          loss_weights: tuple[float, float] = (1.0, 1.0), **settings):  # fmt: skip
+    """Train; ``settings`` go to ``Task``, those it doesn't know to ``Run``."""
     torch.set_num_threads(1)
     network, sources = build_model(seed, model), build_sources(seed, model, workers)
     optim = Optim(lr=lr, clips=6, images=12, steps=steps, warmup=2, clip_norm=3.0,
-                  ema=ema)  # fmt: skip
+                  ema=ema, loss_weights=loss_weights)  # fmt: skip
     chosen = {k: settings.pop(k) for k in list(settings) if k in Run.__dataclass_fields__}
     run = Run(folder=folder, micro_batch=micro, stop_after=stop_after, save_every=save_every,
               keep=keep, seed=seed, precision=precision, **chosen)  # fmt: skip
@@ -117,10 +117,8 @@ def train(folder: str, steps: int, *, model: str = "bevt", micro: int = 0, stop_
         return prepare(batch, step)
 
     config = {"steps": steps, "run.seed": seed, "optim.ema": ema}
-    history = loop.fit(
-        network, sources, optim, run, steps=steps, prepare=see, config=config, **settings
-    )
-    return network, history
+    task = Task(model=network, sources=sources, steps=steps, prepare=see, config=config, **settings)
+    return network, loop.fit(task, optim, run)
 
 
 def run(folder: str, steps: int, **settings) -> list[dict]:

@@ -67,6 +67,12 @@ class Data:
         if not 0 <= self.bad_share <= 1 or self.timeout < 0:
             raise ValueError("bad_share is a share of the items, 0 to 1, timeout 0 or more seconds")
 
+    def clip_spec(self, **tests: Any) -> ClipSpec:
+        """Give how clips are cut; ``tests``: the fields of ClipSpec that only tests read."""
+        return ClipSpec(
+            frames=self.frames, interval=self.interval, size=self.size, short=self.short, **tests
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
@@ -212,6 +218,12 @@ class Finetune:
         if self.views_at_once < 1 or self.val_epochs < 0:
             raise ValueError("views_at_once is 1 or more, val_epochs 0 or more")
 
+    def clip_spec(self) -> ClipSpec:
+        """Give how clips are cut, in training and in tests."""
+        return self.data.clip_spec(
+            sampling=self.sampling, clips=self.test_clips, crops=self.test_crops
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTokenizer:
@@ -287,3 +299,8 @@ def flatten(recipe: Any, prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + f.name] = value
     return flat
+
+
+def run_folder(recipe: Recipe) -> str:
+    """Give a run's folder: ``run.folder`` or runs/<preset>."""
+    return recipe.run.folder or f"runs/{recipe.name}"

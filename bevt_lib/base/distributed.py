@@ -19,12 +19,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from bevt_lib.base.trainable import Trainable
 
 T = TypeVar("T")
 
@@ -48,7 +50,7 @@ def device() -> torch.device:
 
 @contextmanager
 def world() -> Iterator[None]:
-    """Join torchrun's world for the time of a run, if there is one and it isn't joined yet."""
+    """Join torchrun's process group for a run, if there is one and it isn't joined yet."""
     mine = "WORLD_SIZE" in os.environ and not torch_dist.is_initialized()
     if mine:
         if device().type == "cuda":
@@ -66,9 +68,8 @@ def world() -> Iterator[None]:
         yield
     finally:
         if mine:
-            # gloo's threads need the interpreter to let go of the last tensors, and whoever takes
-            # the group away meanwhile holds it and waits for them: for ever (seen in torch 2.13;
-            # PyTorch issue 56297).
+            # destroy_process_group can deadlock with gloo's threads over the GIL (seen in torch
+            # 2.13; PyTorch issue 56297): let them finish first.
             time.sleep(0.1)
             torch_dist.destroy_process_group()
 
@@ -117,7 +118,7 @@ def once_per_node(work: Callable[[], object], *, needed: bool = True) -> None:
     barrier()
 
 
-def replicate(model: nn.Module) -> nn.Module:
+def replicate(model: Trainable) -> Trainable:
     """Wrap a model so that gradients are averaged over processes; as it is in a world of one.
 
     A model with the attribute ``leaves_out`` may leave parameters out of a step.
@@ -126,10 +127,12 @@ def replicate(model: nn.Module) -> nn.Module:
         return model
     ids = [device().index] if device().type == "cuda" else None
     unused = getattr(model, "leaves_out", False)
-    return DistributedDataParallel(model, device_ids=ids, find_unused_parameters=unused)
+    module = cast(nn.Module, model)
+    return cast(Trainable, DistributedDataParallel(
+        module, device_ids=ids, find_unused_parameters=unused))  # fmt: skip
 
 
-def gradients_stay_local(model: nn.Module, local: bool) -> AbstractContextManager:
+def gradients_stay_local(model: Trainable, local: bool) -> AbstractContextManager[None]:
     """Skip the exchange of gradients where ``local``: all but the last micro-batch of a step."""
     if local and isinstance(model, DistributedDataParallel):
         return model.no_sync()

@@ -64,10 +64,10 @@ def uniform_noise(seed: int, positions: Sequence[int], size: int, *key: int) -> 
 def seeded_globals(seed: int, purpose: Purpose, *key: int) -> Iterator[None]:
     """Seed torch, NumPy and Python's global generators from a key; restore all three afterwards."""
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    word = int(np.random.SeedSequence([seed, int(purpose), *key]).generate_state(1)[0])
-    torch.manual_seed(word)
-    np.random.seed(word)
-    random.seed(word)
+    number = int(np.random.SeedSequence([seed, int(purpose), *key]).generate_state(1)[0])
+    torch.manual_seed(number)
+    np.random.seed(number)
+    random.seed(number)
     try:
         yield
     finally:

@@ -29,6 +29,7 @@ from bevt_lib.datasets.video import write_video
 
 KINDS = ("bird", "bug", "drink", "flower", "fruit", "house", "sign", "sweet")
 MOTIONS = ("left", "right", "up", "down", "approach", "recede", "clockwise", "anticlockwise")
+CLASSES = {"what": KINDS, "how": MOTIONS}  # of the two tasks
 
 SIDE = 112  # pixels of a rendered frame
 FRAMES = 16

@@ -4,7 +4,7 @@ Also the classifier that is fine-tuned from it. Source: BEVT sections 3.1 to 3.3
 configs for Swin-B.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bevt_lib.base.config import ClipSpec, Model
-from bevt_lib.base.trainable import Term
+from bevt_lib.base.trainable import Batch, Noise, Term
 from bevt_lib.model.hub import Saved, as_architecture
 from bevt_lib.model.masking import mask_in_time, mask_on_grid
 from bevt_lib.model.swin import PatchEmbed, Swin, initialise
 
 STREAMS = ("video", "image")
 IMAGE_FRAMES = 1
+STRIDE = 16  # pixels of the clip per token: Swin's stage 3
 
 
 class Decoder(nn.Module):
@@ -135,13 +136,11 @@ class BEVT(Saved):
         correct = (logits.argmax(dim=-1) == targets).sum()
         return Term(loss, len(targets), {"accuracy": correct})
 
-    def counts(self, batch: Mapping[str, Mapping[str, Tensor]]) -> list[int]:
+    def counts(self, batch: Batch) -> list[int]:
         """Count each stream's hidden places in frames, before anything is computed."""
         return [int(p["mask"].sum()) * self.frames_per_step[s] for s, p in batch.items()]
 
-    def forward(
-        self, batch: Mapping[str, Mapping[str, Tensor]], noise: Mapping[str, Tensor] | None = None
-    ) -> dict[str, Term]:
+    def forward(self, batch: Batch, noise: Noise | None = None) -> dict[str, Term]:
         """Give each stream's loss for {stream: {"pixels", "ids", "mask"}}; they are summed."""
         return {
             stream: self.stream_loss(

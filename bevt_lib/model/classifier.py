@@ -3,14 +3,15 @@
 Source: BEVT section 3.3; the released configs for Kinetics-400 and Something-Something-V2.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bevt_lib.base.config import ClipSpec, Model
-from bevt_lib.base.trainable import Term
+from bevt_lib.base.trainable import Batch, Noise, Term
 from bevt_lib.model.bevt import _whole
 from bevt_lib.model.hub import Saved, as_architecture
 from bevt_lib.model.swin import PatchEmbed, Swin, initialise
@@ -70,13 +71,11 @@ class Classifier(Saved):
             x = x * (noise[:, blocks:] >= self.dropout) / (1 - self.dropout)
         return self.head(x)
 
-    def counts(self, batch: Mapping[str, Mapping[str, Tensor]]) -> list[int]:
+    def counts(self, batch: Batch) -> list[int]:
         """Count the labelled clips."""
         return [len(batch["clip"]["label"])]
 
-    def forward(
-        self, batch: Mapping[str, Mapping[str, Tensor]], noise: Mapping[str, Tensor] | None = None
-    ) -> dict[str, Term]:
+    def forward(self, batch: Batch, noise: Noise | None = None) -> dict[str, Term]:
         """Give the classification loss for {"clip": {"pixels", "label": int64 (B,)}}."""
         part = batch["clip"]
         logits = self.logits(part["pixels"], None if noise is None else noise["clip"])
@@ -85,3 +84,16 @@ class Classifier(Saved):
         )
         correct = (logits.argmax(dim=-1) == part["label"]).sum()
         return {"clip": Term(loss, len(logits), {"accuracy": correct})}
+
+
+@torch.no_grad()
+def init_antisymmetric(model: Classifier, share: float) -> None:
+    """Start a share of the 3D patch filters as (+w, -w) in time: later frames minus the first.
+
+    The released inflation gives all frames of a patch the same weights, so the embedding can't
+    tell their order. These filters can, and are blind to what stands still. The later half of
+    pretrained filters is overwritten. Only a start: they are trained like the others. Our option.
+    """
+    kernel = model.patch_embed.proj.weight  # (C, 3, frames, 4, 4)
+    half, filters = kernel.shape[2] // 2, round(share * len(kernel))
+    kernel[:filters, :, half : 2 * half] = -kernel[:filters, :, :half]

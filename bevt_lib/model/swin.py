@@ -175,6 +175,8 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """One Swin block: windowed attention, then the MLP, each residual with stochastic depth."""
 
+    compiles_alone = True  # with --run.compile: the step, as a whole, would take far longer
+
     def __init__(
         self,
         dim: int,
@@ -242,7 +244,7 @@ class PatchEmbed(nn.Module):
     """Cut a clip or image into patches and embed each: (B, 3, T, H, W) to (B, D, H', W', C).
 
     ``patch`` is (frames, height, width): (2, 4, 4) for clips, (1, 4, 4) for images. Sizes that are
-    no multiple of the patch are padded with zeros at the end of each axis.
+    not multiples of the patch are padded with zeros at the end of each axis.
     """
 
     def __init__(self, patch: Size3, dim: int, *, norm: bool = True):
@@ -292,7 +294,7 @@ class Swin(nn.Module):
     Takes embedded patches (B, D, H, W, C) and returns the output of each stage before merging,
     with C, 2C, 4C, 8C channels at H, H/2, H/4, H/8. ``drop_path`` rises linearly from 0 to its
     value over all blocks. ``released_quirks`` reproduces the released code's, see
-    :func:`window_plan`. Raises ValueError where a width is no multiple of its number of heads.
+    :func:`window_plan`. Raises ValueError if a width is not a multiple of its number of heads.
 
     With the attribute ``checkpoint_activations`` a block keeps only its input for the backward
     pass and is computed once more there: less memory, about a third more work, the same bits (the

@@ -1,8 +1,7 @@
 """Figures for the notebooks. Every function returns the figure or the arrays it shows."""
 
 import io
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -11,12 +10,40 @@ import torch
 from IPython.display import Image
 from matplotlib.figure import Figure
 
+from bevt_lib.base.trainable import collate
 from bevt_lib.model.bevt import BEVT
 from bevt_lib.model.masking import mask_in_time
-from bevt_lib.tokenizers.base import Tokenizer, add_tokens
+from bevt_lib.tokenizers.base import FrozenTokenizer, add_tokens
+from bevt_lib.training.run_folder import read_metrics
 
 GREY = np.array([128, 128, 128], dtype=np.uint8)
 Curve = tuple[np.ndarray, np.ndarray]  # steps int64, values float64
+
+
+def has_cut(frames: np.ndarray) -> bool:
+    """Tell whether a clip, uint8 (T, H, W, 3), has a cut: a change over twice the median change.
+
+    A change is the mean absolute difference of two neighbouring frames.
+    """
+    changes = np.abs(np.diff(frames.astype(int), axis=0)).mean(axis=(1, 2, 3))
+    return bool(changes.max() > 2 * np.median(changes))
+
+
+def draw_clips(
+    read: Callable[[int], np.ndarray], total: int, number: int, seed: int
+) -> tuple[list[int], int]:
+    """Draw ``number`` of ``total`` clips to show, by seed, and pass over those with a cut.
+
+    ``read`` gives a clip's frames by its index. Returns the indices, and how many were passed
+    over. Raises ValueError where too few are without a cut.
+    """
+    drawn: list[int] = []
+    for tried, index in enumerate(np.random.default_rng(seed).permutation(total).tolist(), 1):
+        if not has_cut(read(index)):
+            drawn.append(index)
+        if len(drawn) == number:
+            return drawn, tried - number
+    raise ValueError(f"{len(drawn)} of {total} clips are without a cut, {number} were asked for")
 
 
 def enlarge(cells: np.ndarray, size: int) -> np.ndarray:
@@ -51,7 +78,8 @@ def show_rows(
     """
     columns = max(len(r[::every]) for r in rows.values())
     side = min(width / columns, 2.2)
-    size = side * columns + 1.0, side * len(rows) + 0.25
+    margin = 0.3 + 0.09 * max(map(len, rows))  # inches: room for the longest name
+    size = side * columns + margin, side * len(rows) + 0.25
     figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False)
     for line, (name, frames) in zip(axes, rows.items(), strict=True):
         for axis in line:
@@ -61,9 +89,9 @@ def show_rows(
             if name == next(iter(rows)):
                 told = titles[number] if titles else f"t={number}" if columns > 1 else ""
                 axis.set_title(told, fontsize=9)
-        line[0].text(-0.08, 0.5, name, transform=line[0].transAxes, ha="right", va="center",
-                     fontsize=10)  # fmt: skip
-    figure.subplots_adjust(left=max(0.13, 1.1 / size[0]), right=0.995, top=1 - 0.25 / size[1],
+        line[0].annotate(name, (0, 0.5), (-6, 0), "axes fraction", "offset points", ha="right",
+                         va="center", fontsize=10)  # fmt: skip
+    figure.subplots_adjust(left=margin / size[0], right=0.995, top=1 - 0.25 / size[1],
                            bottom=0.01, wspace=0.04, hspace=0.06)  # fmt: skip
     buffer = io.BytesIO()
     figure.savefig(buffer, format="jpeg", dpi=80, pil_kwargs={"quality": 75})
@@ -95,7 +123,7 @@ def typical_cells(
 
 
 def code_tiles(
-    tokenizer: Tokenizer, views: np.ndarray, ids: np.ndarray, code: int, number: int = 6
+    tokenizer: FrozenTokenizer, views: np.ndarray, ids: np.ndarray, code: int, number: int = 6
 ) -> np.ndarray:
     """Show one code: uint8 (2 + number, S, S, 3), S the side of ``views``, which ``ids`` name.
 
@@ -134,7 +162,7 @@ def tell_code(ids: np.ndarray, code: int, labels: np.ndarray, names: Sequence[st
 
 @torch.no_grad()
 def prediction_rows(
-    model: BEVT, tokenizer: Tokenizer, stream: str, sample: Mapping[str, np.ndarray]
+    model: BEVT, tokenizer: FrozenTokenizer, stream: str, sample: Mapping[str, np.ndarray]
 ) -> tuple[dict[str, np.ndarray], float]:
     """Show what the model thinks is hidden: four rows of frames, and the share it names right.
 
@@ -143,8 +171,7 @@ def prediction_rows(
     The last two are shown at the tokenizer's resolution.
     """
     model.eval()
-    batch = {k: torch.from_numpy(np.asarray(v))[None] for k, v in sample.items()}
-    part = add_tokens({stream: batch}, tokenizer)[stream]
+    part = add_tokens({stream: collate([sample])}, tokenizer)[stream]
     ids = model.predict(stream, part["pixels"], part["mask"])
     hidden = mask_in_time(part["mask"], model.frames_per_step[stream])
     painted = tokenizer.decode(ids[0]).numpy()
@@ -184,21 +211,16 @@ def show_curves(
 def read_run(folder: str | Path) -> dict[str, Curve]:
     """Read every number of a run's metrics.jsonl: {"video/loss": (steps, values), ...}.
 
-    A number may stand at some steps only ("val/top1"). A line that is torn, because the run was
-    killed or is writing it, is passed over. Raises ValueError where no step is recorded.
+    A number may stand at some steps only ("val/top1"). A line that isn't whole, because the
+    run was killed or is writing it, ends the record. Raises ValueError where no step is recorded.
     """
-    path = Path(folder) / "metrics.jsonl"
     columns: dict[str, dict[int, float]] = {}
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        step = entry.pop("step")
+    for entry in read_metrics(Path(folder)):
+        step = int(entry.pop("step"))
         for name, value in entry.items():
             columns.setdefault(name, {})[step] = value
     if not columns:
-        raise ValueError(f"{folder} holds no record of a run: no step in {path.name}")
+        raise ValueError(f"{folder} holds no record of a run: no step in metrics.jsonl")
     return {
         name: (np.array(list(found), dtype=np.int64), np.array(list(found.values()), dtype=float))
         for name, found in columns.items()

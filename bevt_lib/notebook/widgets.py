@@ -11,7 +11,7 @@ from PIL import Image
 
 from bevt_lib.model.masking import tube_mask
 from bevt_lib.notebook.figures import code_tiles, hide_pixels, tell_code
-from bevt_lib.tokenizers.base import Tokenizer
+from bevt_lib.tokenizers.base import FrozenTokenizer
 
 
 def png(picture: np.ndarray, zoom: int = 1) -> bytes:
@@ -94,7 +94,7 @@ def time_slider(rows: Mapping[str, np.ndarray]):
 
 
 def codebook_explorer(
-    tokenizers: Mapping[str, Tokenizer],
+    tokenizers: Mapping[str, FrozenTokenizer],
     views: np.ndarray,
     labels: np.ndarray,
     names: Sequence[str],

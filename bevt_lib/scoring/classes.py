@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from bevt_lib.base import distributed
+from bevt_lib.base.config import Finetune
 from bevt_lib.base.distributed import blocks, gather
+from bevt_lib.datasets import synthetic
 from bevt_lib.datasets.augment import one_thread
+from bevt_lib.datasets.sources import labelled_items
 from bevt_lib.datasets.video import BadFile
 from bevt_lib.model.classifier import Classifier
 from bevt_lib.model.normalisation import normalise
@@ -55,14 +59,14 @@ class Scores:
     def summary(self) -> ClassScore:
         """Count top-1, top-5 and mean class accuracy; equals rank by class number.
 
-        Raises ValueError where no video can be read, or a probability is no number.
+        Raises ValueError where no video can be read, or a probability is not a number.
         """
         read = torch.tensor([i not in self.errors for i in range(len(self.labels))])
         labels, found = self.labels[read], self.probabilities[read]
         if not len(labels):
             raise ValueError(f"none of {len(read)} videos can be read: {self.errors[0]}")
         if not found.isfinite().all():
-            raise ValueError("the model gives probabilities that are no numbers: it is broken")
+            raise ValueError("the model gives probabilities that are not numbers: it is broken")
         true, classes = found.gather(1, labels[:, None]), found.shape[1]
         earlier = torch.arange(classes) < labels[:, None]
         better = ((found > true) | ((found == true) & earlier)).sum(1)  # classes before the true
@@ -181,3 +185,34 @@ def write_scores(scores: Scores, names: Sequence[str], file: Path) -> None:
                 entry["probabilities"] = [float(str(p)) for p in row]
             lines.write(json.dumps(entry, ensure_ascii=False) + "\n")
     os.replace(part, file)
+
+
+def score_split(
+    recipe: Finetune,
+    model: Classifier,
+    split: str = "test",
+    count: int = 0,
+    file: Path | None = None,
+    **views: int,
+) -> ClassScore:
+    """Score a model on held-out clips; ``views``: clips and crops, by default the recipe's.
+
+    Rank 0 writes what it says of each to ``file``.
+    """
+    views = {"clips": recipe.test_clips, "crops": recipe.test_crops} | views
+    # A figure is of the whole list: what check_data calls bad counts as unread.
+    items, bad = labelled_items(replace(recipe, data=replace(recipe.data, checked=())), split), {}
+    if recipe.data.checked:
+        kept = set(labelled_items(recipe, split).entries)
+        bad = {i: f"{entry.path}: is bad by --data.checked" for i, entry in enumerate(items.entries)
+               if entry not in kept}  # fmt: skip
+    found = score_videos(
+        model, items, recipe.num_classes, count=count, at_once=recipe.views_at_once,
+        workers=recipe.data.workers, bad=bad, **views,
+    )  # fmt: skip
+    if file and distributed.rank() == 0:
+        root = Path(recipe.data.video_root or ".") if recipe.data.val_list else synthetic.render()
+        paths = [entry.path for entry in items.entries]
+        names = [(p.relative_to(root) if p.is_relative_to(root) else p).as_posix() for p in paths]
+        write_scores(found, names, file)
+    return found.summary()

@@ -22,7 +22,7 @@ from bevt_lib.base import distributed
 from bevt_lib.base.config import Finetune, Pretrain
 from bevt_lib.model.bevt import BEVT, IMAGE_FRAMES
 from bevt_lib.model.classifier import Classifier
-from bevt_lib.tokenizers.load import FrozenTokenizer
+from bevt_lib.tokenizers.base import FrozenTokenizer
 from bevt_lib.training import loop
 from bevt_lib.training.loop import Split
 from bevt_lib.training.optim import total_steps

@@ -4,16 +4,27 @@ Every evaluation is exact on any number of processes: blocks of the list are dea
 what makes up a block doesn't depend on their number, so that neither does any bit of the result.
 """
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import default_collate
 
 from bevt_lib.base.distributed import blocks, gather
+from bevt_lib.base.trainable import collate
 from bevt_lib.model.bevt import BEVT
 from bevt_lib.model.masking import mask_in_time
-from bevt_lib.tokenizers.base import Tokenizer, add_tokens
+from bevt_lib.tokenizers.base import FrozenTokenizer, add_tokens
+
+
+class AtDistance(NamedTuple):
+    """Prediction beside copying where the nearest visible frame is so many frames away."""
+
+    places: int
+    accuracy: float
+    copy: float  # accuracy of copying
+    loss: float  # of the model, in nats
 
 
 @dataclass(frozen=True)
@@ -26,16 +37,13 @@ class TokenScore:
     entropy: float  # of the hidden ids themselves: the best loss without looking
     majority: float  # accuracy of always naming the commonest id
     copy: float | None = None  # accuracy of the id at the same place in the nearest visible frame
-    changed_share: float | None = None  # places whose id differs from the frame before
-    changed: float | None = None  # the model's accuracy there
-    changed_copy: float | None = None
-    unchanged: float | None = None  # the model's accuracy at the others
-    unchanged_copy: float | None = None
+    by_distance: dict[int, AtDistance] = field(default_factory=dict)  # 0: no frame shows the place
 
     def __str__(self) -> str:
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "by_distance"}
         return "\n".join(
-            f"{name:14s} {value:.3f}" if isinstance(value, float) else f"{name:14s} {value}"
-            for name, value in asdict(self).items()
+            f"{name:9s} {value:.3f}" if isinstance(value, float) else f"{name:9s} {value}"
+            for name, value in values.items()
             if value is not None
         )
 
@@ -44,70 +52,78 @@ def copy_nearest(ids: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Guess each place's id from the nearest frame in which that place is visible.
 
     ``ids`` int64 and ``hidden`` bool, both (B, T, h, w). Of two frames equally near the earlier is
-    taken. Returns (guess, possible): int64 and bool (B, T, h, w); where no frame shows the place,
-    ``possible`` is False and the guess is 0.
+    taken. Returns (guess, distance in frames), int64 (B, T, h, w); where no frame shows the place,
+    the guess is -1 and the distance 0.
     """
     frames = ids.shape[1]
     time = torch.arange(frames, device=ids.device)
-    distance = (time[:, None] - time[None, :]).abs() * 2 + (time[None, :] > time[:, None])
-    cost = distance[None, :, :, None, None] + hidden[:, None] * (4 * frames)
+    order = (time[:, None] - time[None, :]).abs() * 2 + (time[None, :] > time[:, None])
+    cost = order[None, :, :, None, None] + hidden[:, None] * (4 * frames)
     best = cost.argmin(dim=2)  # (B, T, h, w): which frame to copy from
-    possible = ~hidden.all(dim=1, keepdim=True).expand_as(hidden)
-    return ids.gather(1, best) * possible, possible
+    never = hidden.all(dim=1, keepdim=True)
+    distance = (best - time[None, :, None, None]).abs()
+    return ids.gather(1, best).masked_fill(never, -1), distance.masked_fill(never, 0)
 
 
-def changed_places(ids: Tensor) -> Tensor:
-    """Tell where an id differs from the frame before (for the first frame: after): bool."""
-    steps = ids[:, 1:] != ids[:, :-1]
-    return torch.cat([steps[:, :1], steps], dim=1)
+def hidden_places(ids: Tensor, hidden: Tensor) -> Tensor:
+    """List the hidden places of :func:`copy_nearest`: int64 (3, places), id, guess, distance."""
+    return torch.stack([ids, *copy_nearest(ids, hidden)])[:, hidden]
+
+
+def copy_table(train: Tensor, val: Tensor, vocab_size: int, frames: int) -> Tensor:
+    """Estimate log P(id | id at the nearest visible frame, distance): all that copying can say.
+
+    ``train``, ``val``: int64 (3, places) of :func:`hidden_places`, in clips of ``frames`` frames.
+    Counted on ``train`` and smoothed towards its unigram by the weight that suits ``val`` best,
+    one for each distance. Returns float64 (frames, V, V), indexed [distance, guess, id].
+    """
+    truth, guess, distance = train
+    counts = torch.zeros(frames, vocab_size, vocab_size, dtype=torch.float64)
+    one = torch.ones((), dtype=torch.float64)
+    counts.index_put_((distance, guess, truth), one, accumulate=True)
+    unigram = torch.bincount(truth, minlength=vocab_size) + 0.5
+    rows = counts.sum(-1, keepdim=True)
+    best = torch.full((frames,), math.inf, dtype=torch.float64)
+    table = torch.empty_like(counts)
+    for weight in (5, 10, 20, 40, 80, 160, 320):
+        smoothed = ((counts + weight * unigram / unigram.sum()) / (rows + weight)).log()
+        nats = -smoothed[val[2], val[1], val[0]]
+        total = torch.zeros_like(best).index_add_(0, val[2], nats)
+        table[total < best] = smoothed[total < best]
+        best = best.minimum(total)
+    return table
 
 
 @torch.no_grad()
 def score_tokens(
-    model: BEVT, tokenizer: Tokenizer, stream: str, items, count: int, batch_size: int = 32
+    model: BEVT, tokenizer: FrozenTokenizer, stream: str, items, count: int, batch_size: int = 32
 ) -> TokenScore:
     """Score masked-token prediction on the first ``count`` items of a held-out data set."""
     model.eval()
     device = next(model.parameters()).device
     columns = [torch.empty(5, 0, dtype=torch.float64)]
     for block in blocks(count, batch_size):
-        batch = default_collate([items.sample(0, i) for i in block])
-        batch = {k: v.to(device) for k, v in batch.items()}
+        batch = collate([items.sample(0, i) for i in block], device)
         part = add_tokens({stream: batch}, tokenizer)[stream]
         ids, hidden = part["ids"], mask_in_time(part["mask"], model.frames_per_step[stream])
         logits = model.token_head(model.features(stream, part["pixels"], part["mask"]))[hidden]
         loss = nn.functional.cross_entropy(logits.float(), ids[hidden], reduction="none")
-        guess, possible = copy_nearest(ids, hidden)
-        columns.append(
-            torch.stack(
-                [
-                    ids[hidden].double(),
-                    loss.double(),
-                    (logits.argmax(-1) == ids[hidden]).double(),
-                    ((guess == ids) & possible)[hidden].double(),
-                    (changed_places(ids) if ids.shape[1] > 1 else hidden)[hidden].double(),
-                ]
-            ).cpu()
-        )
-    together = torch.cat(gather(torch.cat(columns, dim=1)), dim=1)
-    truth, losses, right, copied, changed = together
+        right = logits.argmax(-1) == ids[hidden]
+        found = [*hidden_places(ids, hidden), loss, right]
+        columns.append(torch.stack([column.double() for column in found]).cpu())
+    truth, guess, distance, losses, right = torch.cat(gather(torch.cat(columns, dim=1)), dim=1)
+    copied = (guess == truth).double()
     shares = torch.bincount(truth.long()) / len(truth)
     shares = shares[shares > 0]
-    places = len(truth)
-    score = {
-        "loss": float(losses.mean()),
-        "accuracy": float(right.mean()),
-        "entropy": float(-(shares * shares.log()).sum()),
-        "majority": float(shares.max()),
+    score = TokenScore(
+        places=len(truth), loss=float(losses.mean()), accuracy=float(right.mean()),
+        entropy=float(-(shares * shares.log()).sum()), majority=float(shares.max()),
+    )  # fmt: skip
+    if stream != "video":
+        return score
+    near = {int(d): distance == d for d in distance.unique()}
+    means = {
+        d: AtDistance(int(at.sum()), *(float(x[at].mean()) for x in (right, copied, losses)))
+        for d, at in near.items()
     }
-    if stream == "video":
-        moved = changed.bool()
-        score |= {
-            "copy": float(copied.mean()),
-            "changed_share": float(moved.double().mean()),
-            "changed": float(right[moved].mean()),
-            "changed_copy": float(copied[moved].mean()),
-            "unchanged": float(right[~moved].mean()),
-            "unchanged_copy": float(copied[~moved].mean()),
-        }
-    return TokenScore(places=places, **score)
+    return replace(score, copy=float(copied.mean()), by_distance=means)

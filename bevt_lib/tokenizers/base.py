@@ -1,68 +1,167 @@
-"""What every frozen tokenizer shares, and naming the frames of a batch by it."""
+"""What all tokenizers share: a base for frozen ones, one for those in training, ids for a batch."""
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol
+from pathlib import Path
+from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from bevt_lib.base import files
+from bevt_lib.base.trainable import Batch, Part
 from bevt_lib.model.masking import mask_in_time
 from bevt_lib.model.normalisation import normalise
+from bevt_lib.weights.formats import State
+from bevt_lib.weights.load import load_strict
+
+CHUNK = 64  # pictures per forward pass, to bound memory
+START_PICTURES = 1024  # pictures that a codebook starts from, at most
 
 
-class Tokenizer(Protocol):
-    """What BEVT asks of a frozen tokenizer."""
+class FrozenTokenizer(nn.Module):
+    """Turn pictures into grids of token ids, and ids into pictures; never trained.
 
-    vocab_size: int
-    factor: int  # pixels of its view per id
+    There are ``vocab_size`` ids, each of which stands for ``factor`` x ``factor`` pixels. Always in
+    eval mode, no gradient. Convolutions run in channels_last, which gives the same ids, and in
+    float32, on CUDA as well; under ``torch.autocast`` they run in its type, which changes some ids.
+    Without ``decoder`` it can't paint.
 
-    def encode(self, view: Tensor) -> Tensor:
-        """uint8 pictures (N, h, w, 3) to int64 ids (N, h / factor, w / factor)."""
-        ...
+    A subclass sets ``kind``, the entry of a file's header that holds ``architecture``, and
+    ``factor``, and defines how one chunk is encoded and decoded.
+    """
 
+    kind: str
+    factor: int
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module | None, architecture: dict[str, int]):
+        super().__init__()
+        self.encoder, self.decoder, self.architecture = encoder, decoder, architecture
+        self.vocab_size = architecture["vocab_size"]
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in eval mode, whatever the model around it does."""
+        return super().train(False)
+
+    def encode_chunk(self, pictures: Tensor) -> Tensor:
+        """Give the token ids of a few pictures; shapes as in :meth:`encode`."""
+        raise NotImplementedError
+
+    def decode_chunk(self, ids: Tensor) -> Tensor:
+        """Paint a few grids of ids; shapes as in :meth:`decode`."""
+        raise NotImplementedError
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        """Give each cell its token id.
+
+        uint8 (N, h, w, 3), RGB 0 to 255, to int64 (N, h / factor, w / factor). Raises ValueError
+        for other types and shapes, and for sides that aren't multiples of ``factor``.
+        """
+        shape, factor = tuple(pictures.shape), self.factor
+        if pictures.dtype != torch.uint8 or len(shape) != 4 or shape[3] != 3:
+            raise ValueError(f"pictures must be uint8 (N, h, w, 3), got {pictures.dtype} {shape}")
+        if shape[1] % factor or shape[2] % factor:
+            raise ValueError(f"pictures of {shape[1]}x{shape[2]}: sides must be multiples of "
+                             f"{factor} px")  # fmt: skip
+        with exact_inference():
+            ids = torch.cat([self.encode_chunk(part) for part in pictures.split(CHUNK)])
+        return ids.clone()  # outside of inference mode: a loss may keep them for its backward
+
+    @torch.no_grad()
     def decode(self, ids: Tensor) -> Tensor:
-        """int64 ids (N, h, w) to uint8 pictures (N, h * factor, w * factor, 3)."""
-        ...
+        """Paint ids int64 (N, h, w) as pictures: uint8 (N, h * factor, w * factor, 3), 0 to 255.
+
+        Raises ValueError without a decoder.
+        """
+        if self.decoder is None:
+            raise ValueError("this tokenizer came without its decoder, so it can't paint: load the "
+                             "folder that holds encoder.pkl and decoder.pkl")  # fmt: skip
+        return torch.cat([self.decode_chunk(part) for part in ids.split(CHUNK)])
+
+    def digest(self) -> str:
+        """Sum up what ids depend on: a run isn't to be resumed with another tokenizer."""
+        state = self.state_dict().items()
+        return files.digest({k: v for k, v in state if not k.startswith("decoder.")})
+
+    def save(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write one safetensors file, with the architecture in its header."""
+        state = {k: v.to(dtype) for k, v in self.state_dict().items()}
+        files.write_tensors(path, state, {self.kind: json.dumps(self.architecture)})
+
+    def fill(self, state: State) -> Self:
+        """Load tensors of any float type; returns self. Raises ValueError where they don't fit."""
+        load_strict(self, state, f"{self.kind} tokenizer of {self.architecture}")
+        return self
+
+
+class TrainableTokenizer(nn.Module):
+    """A tokenizer in training: what its training asks of it beside ``forward``.
+
+    ``decoder_channels`` is the number of channels that the decoder paints from.
+    """
+
+    start_pictures = START_PICTURES  # wanted by :meth:`start_codebook`; 0: it is not to be called
+    notes: Mapping[str, str] = {}  # lines for a run's plan that are about this kind alone
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, decoder_channels: int):
+        super().__init__()
+        self.encoder, self.decoder, self.decoder_channels = encoder, decoder, decoder_channels
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.noise_sizes = {"picture": 0}
+
+    def counts(self, batch: Batch) -> list[int]:
+        """Count the pictures."""
+        return [len(batch["picture"]["pixels"])]
+
+    def start_codebook(self, pixels: Tensor, generator: torch.Generator) -> None:
+        """Start the codebook from pictures, float (N, 3, h, w) in 0..1."""
+        raise NotImplementedError
+
+    def schedule_at(self, step: int, cycle: int) -> dict[str, float]:
+        """Give the settings of ``forward`` at a step, which lies in this cosine (from 0)."""
+        return {}
+
+    def update_codes(self, generator: torch.Generator) -> dict[str, float]:
+        """Move the codes after the optimiser's step; returns numbers for the record."""
+        return {}
+
+    def tokenizer(self) -> FrozenTokenizer:
+        """Copy the frozen tokenizer out of the model in training."""
+        raise NotImplementedError
 
 
 def add_tokens(
-    batch: Mapping[str, Mapping[str, Tensor]],
-    tokenizer: Tokenizer,
-    *,
-    hidden_only: bool = False,
-    fp16: bool = False,
-) -> dict[str, dict[str, Tensor]]:
-    """Name the frames in the tokenizer's words and normalise the pixels; no gradient.
+    batch: Batch, tokenizer: FrozenTokenizer, *, hidden_only: bool = False, fp16: bool = False
+) -> dict[str, Part]:
+    """Add the token ids of the frames and normalise the pixels; no gradient.
 
-    Takes {stream: {"pixels": uint8 (B, T, H, W, 3), "tokenizer_input": uint8
-    (B, T, v, v, 3), "mask": bool (B, D, h, w), ...}} and adds "ids" int64 (B, T, h, w);
-    "pixels" become normalised floats
-    (B, 3, T, H, W). The frames of all streams go through the tokenizer together, each on its own,
-    as released. ``hidden_only`` names only frames that hold a hidden place, all that the loss
-    asks for; the others' ids are -1. ``fp16`` names in half precision on CUDA: some ids change.
+    Takes {stream: {"pixels": uint8 (B, T, H, W, 3), "tokenizer_input": uint8 (B, T, v, v, 3),
+    "mask": bool (B, D, h, w), True = hidden, ...}} and adds "ids" int64 (B, T, h, w); "pixels"
+    become normalised floats (B, 3, T, H, W). The frames of all streams go through the tokenizer
+    together, each on its own, as released. ``hidden_only`` encodes only frames that hold a hidden
+    place, all that the loss asks for; the others' ids are -1. ``fp16`` encodes in half precision on
+    CUDA: some ids change.
     """
-    named = {}
+    wanted = {}
     for stream, part in batch.items():
         hidden = part["mask"].flatten(2).any(dim=2) | (not hidden_only)  # (B, D)
-        named[stream] = mask_in_time(hidden, part["tokenizer_input"].shape[1] // hidden.shape[1])
-    views = torch.cat([part["tokenizer_input"][named[stream]] for stream, part in batch.items()])
-    with torch.autocast("cuda", torch.float16, enabled=fp16 and views.is_cuda):
-        found = tokenizer.encode(views)
-    counts = [int(frames.sum()) for frames in named.values()]
-    result = {}
-    for (stream, part), ids in zip(batch.items(), found.split(counts), strict=True):
-        grid = ids.new_full((*named[stream].shape, *ids.shape[1:]), -1)
-        grid[named[stream]] = ids
+        wanted[stream] = mask_in_time(hidden, part["tokenizer_input"].shape[1] // hidden.shape[1])
+    frames = torch.cat([part["tokenizer_input"][wanted[stream]] for stream, part in batch.items()])
+    with torch.autocast("cuda", torch.float16, enabled=fp16 and frames.is_cuda):
+        found = tokenizer.encode(frames).split([int(w.sum()) for w in wanted.values()])
+    result: dict[str, Part] = {}
+    for (stream, part), ids in zip(batch.items(), found, strict=True):
+        grid = ids.new_full((*wanted[stream].shape, *ids.shape[1:]), -1)
+        grid[wanted[stream]] = ids
         result[stream] = {**part, "pixels": normalise(part["pixels"]), "ids": grid}
     return result
 
 
-CHUNK = 64  # pictures per forward pass, to bound memory
-
-
 @contextmanager
-def without_record() -> Iterator[None]:
+def exact_inference() -> Iterator[None]:
     """Compute in inference mode, and float32 without TF32, whose 10 bits of mantissa change ids."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
@@ -73,9 +172,9 @@ def without_record() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before
 
 
-def to_unit(view: Tensor) -> Tensor:
+def to_unit(pictures: Tensor) -> Tensor:
     """Scale pictures uint8 (N, h, w, 3) to float32 (N, 3, h, w) in 0..1."""
-    return view.permute(0, 3, 1, 2).float() / 255
+    return pictures.permute(0, 3, 1, 2).float() / 255
 
 
 def psnr(pictures: Tensor, painted: Tensor) -> float:

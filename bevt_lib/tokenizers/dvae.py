@@ -10,61 +10,61 @@ import math
 from collections.abc import Mapping
 
 import torch
-from dall_e import map_pixels, unmap_pixels
+from dall_e import Decoder, Encoder, map_pixels, unmap_pixels
 from dall_e.decoder import DecoderBlock
 from dall_e.encoder import EncoderBlock
 from torch import Tensor, nn
 
-from bevt_lib.base.trainable import Term
-from bevt_lib.tokenizers.dalle import FACTOR, DalleTokenizer, build, expected_pixels
+from bevt_lib.base.trainable import Batch, Noise, Term
+from bevt_lib.tokenizers.base import START_PICTURES, TrainableTokenizer
+from bevt_lib.tokenizers.baselines import nearest_row
+from bevt_lib.tokenizers.dalle import FACTOR, DalleTokenizer, expected_pixels
 
 SUBPIXELS_PER_CELL = FACTOR * FACTOR * 3
 PAINT_SCALE = 100.0  # brings squared errors of pixels in 0..1 to the size of the other losses
 
 
-class DVAE(nn.Module):
-    """The tokenizer in training: relaxed codes instead of ids, so that gradients pass.
+Schedule = Mapping[str, tuple[float, float, float]]  # {setting: (start, end, steps in between)}
+
+
+class DVAE(TrainableTokenizer):
+    """The tokenizer in training: relaxed ids instead of hard ones, so that gradients pass.
 
     ``grid`` is the (height, width) of the id grid that training pictures give; it sets how much
-    noise a picture needs.
+    noise a picture needs. ``schedule`` anneals "temperature", "kl_weight" and "balance_weight".
+    The last weighs the divergence of the *average* distribution over the batch's cells from the
+    uniform one, the part of the KL that keeps all ids in use, apart from the part that blurs each
+    cell. Our aid for short runs: without it a tenth of the ids were used. The average is taken per
+    micro-batch, so here alone the number of processes changes the objective a little.
 
-    "balance_weight" weighs the divergence of the *average* distribution over the batch's cells from
-    the uniform one, the part of the KL that keeps all words in use, apart from the part that blurs
-    each cell. Our aid for short runs: without it a tenth of the words were used. The average is
-    taken per micro-batch, so here alone the number of processes changes the objective a little.
-    With ``full_branches`` residual branches start at full size, see :func:`undo_gain`.
+    ``quick_start`` is ours, for short runs: residual branches start at full size, see
+    :func:`undo_gain`, and ids at k-means centres, see :meth:`start_codebook`.
     """
 
-    leaves_out = True  # a step with "decoder_only" leaves the encoder out: see dist.replicate
+    encoder: Encoder
+    leaves_out = True  # a step with "decoder_only" leaves the encoder out: distributed.replicate
 
     def __init__(
-        self,
-        hidden: int,
-        blocks: int,
-        vocab_size: int,
-        grid: tuple[int, int],
-        full_branches: bool = True,
-    ):
-        super().__init__()
-        self.encoder, self.decoder = build(hidden, blocks, vocab_size)
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if full_branches:
+        self, encoder: Encoder, decoder: Decoder, grid: tuple[int, int], schedule: Schedule,
+        quick_start: bool = True,
+    ):  # fmt: skip
+        super().__init__(encoder, decoder, encoder.vocab_size)
+        if quick_start:
             undo_gain(self)
-        self.vocab_size = vocab_size
-        self.noise_sizes = {"picture": vocab_size * grid[0] * grid[1]}
+        self.start_pictures = START_PICTURES if quick_start else 0
+        self.vocab_size, self.schedule = encoder.vocab_size, schedule
+        self.noise_sizes = {"picture": self.vocab_size * grid[0] * grid[1]}
 
     @torch.no_grad()
-    def spread_codes(self, pixels: Tensor, generator: torch.Generator, gap: float = 12.0) -> None:
-        """Start the words at the k-means centres of the untrained encoder's features.
+    def start_codebook(self, pixels: Tensor, generator: torch.Generator, gap: float = 12.0) -> None:
+        """Start the ids at the k-means centres of the untrained encoder's features.
 
-        Every word then names some cells from the first step. ``pixels``: float (N, 3, h, w) in
+        Every id then stands for some cells from the first step. ``pixels``: float (N, 3, h, w) in
         0..1; ``gap`` is the median lead of the best logit over the middle one. Our choice.
         """
-        *body, output = self.encoder.blocks
-        x = map_pixels(pixels)
-        for block in body:
-            x = block(x)
-        features = output.relu(x).permute(0, 2, 3, 1).flatten(0, 2)
+        output = self.encoder.blocks[-1]
+        features = output.relu(self.encoder.blocks[:-1](map_pixels(pixels)))
+        features = features.permute(0, 2, 3, 1).flatten(0, 2)
         centre = features.mean(0)
         codes = kmeans(features - centre, self.vocab_size, generator)
         scores = (features - centre) @ codes.T - codes.square().sum(1) / 2
@@ -72,63 +72,51 @@ class DVAE(nn.Module):
         output.conv.w.copy_((codes * scale)[:, :, None, None])
         output.conv.b.copy_(-scale * (codes @ centre + codes.square().sum(1) / 2))
 
+    def schedule_at(self, step: int, cycle: int) -> dict[str, float]:
+        """Anneal; the second cosine has no noise, the third trains the decoder alone."""
+        annealed = {k: anneal(step, *span) for k, span in self.schedule.items()}
+        return {**annealed, "noise_scale": float(cycle == 0), "decoder_only": cycle == 2}
+
     def tokenizer(self) -> DalleTokenizer:
-        """Copy the frozen tokenizer out of the model in training."""
         return DalleTokenizer(copy.deepcopy(self.encoder), copy.deepcopy(self.decoder))
 
-    def counts(self, batch: Mapping[str, Mapping[str, Tensor]]) -> list[int]:
-        """Count the pictures."""
-        return [len(batch["picture"]["pixels"])]
-
-    def forward(
-        self, batch: Mapping[str, Mapping[str, Tensor]], noise: Mapping[str, Tensor]
-    ) -> dict[str, Term]:
-        """Give the loss for {"picture": {"pixels", "temperature", "noise_scale", "decoder_only",
-        "kl_weight", "balance_weight"}}.
+    def forward(self, batch: Batch, noise: Noise) -> dict[str, Term]:
+        """Give the loss for {"picture": {"pixels", "schedule": {"temperature", "noise_scale",
+        "decoder_only", "kl_weight", "balance_weight"}}}.
 
         "pixels": float (B, 3, h, w) in 0..1. ``noise["picture"]``: uniform (B, vocab * h/8 * w/8),
         turned into Gumbel noise, so that each picture's draw is its own whatever the batch;
-        "noise_scale" 1 is the objective, 0 later steps, in which words are chosen as in use. With
+        "noise_scale" 1 is the objective, 0 later steps, in which ids are chosen as in use. With
         "decoder_only" the encoder is left as it is, and the decoder learns to paint the chosen
-        words with the least squared error: a last touch of ours, which no id depends on.
+        ids with the least squared error: a last touch of ours, which no id depends on.
         """
-        part = batch["picture"]
+        part, now = batch["picture"], batch["picture"]["schedule"]
         target = map_pixels(part["pixels"]).contiguous(memory_format=torch.channels_last)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not part["decoder_only"]):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not now["decoder_only"]):
             logits = self.encoder(target).float()
         gumbel = -(-noise["picture"].clamp(1e-9, 1 - 1e-7).log()).log()
-        gumbel = gumbel.view(logits.shape) * float(part["noise_scale"])
-        relaxed = (logits + gumbel) / float(part["temperature"])
-        words = relaxed.softmax(dim=1)
-        if part["decoder_only"]:
+        gumbel = gumbel.view(logits.shape) * now["noise_scale"]
+        shares = ((logits + gumbel) / now["temperature"]).softmax(dim=1)  # of each id, per cell
+        if now["decoder_only"]:
             chosen = nn.functional.one_hot(logits.argmax(dim=1), self.vocab_size)
-            words = chosen.permute(0, 3, 1, 2).float()
-        mean, log_spread = self.decoder(words).float().chunk(2, dim=1)
-        if part["decoder_only"]:
+            shares = chosen.permute(0, 3, 1, 2).float()
+        mean, log_spread = self.decoder(shares).float().chunk(2, dim=1)
+        if now["decoder_only"]:
             error = (expected_pixels(mean, log_spread) - target).square()
             pixels = error.mean(dim=(1, 2, 3)) * PAINT_SCALE
         else:
             pixels = logit_laplace_nll(target, mean, log_spread).mean(dim=(1, 2, 3))
         divergence = kl_to_uniform(logits).mean(dim=(1, 2))
-        weight = float(part["kl_weight"]) / SUBPIXELS_PER_CELL
-        loss = (pixels + weight * divergence).sum()
-        balance = 0.0 if part["decoder_only"] else float(part["balance_weight"])
+        loss = (pixels + now["kl_weight"] / SUBPIXELS_PER_CELL * divergence).sum()
+        balance = 0.0 if now["decoder_only"] else now["balance_weight"]
         average = logits.softmax(dim=1).mean(dim=(0, 2, 3))
         imbalance = (average * average.clamp(min=1e-9).log()).sum() + math.log(self.vocab_size)
         loss = loss + balance * imbalance * len(target)
         painted = unmap_pixels(torch.sigmoid(mean.detach()))
         error = (painted - part["pixels"]).square().mean(dim=(1, 2, 3)).sum()
-        return {
-            "picture": Term(
-                loss,
-                len(target),
-                {
-                    "mse": error,
-                    "kl": divergence.detach().sum(),
-                    "imbalance": imbalance.detach() * len(target),
-                },
-            )
-        }
+        logs = {"mse": error, "kl": divergence.detach().sum(),
+                "imbalance": imbalance.detach() * len(target)}  # fmt: skip
+        return {"picture": Term(loss, len(target), logs)}
 
 
 @torch.no_grad()
@@ -146,7 +134,7 @@ def kmeans(points: Tensor, number: int, generator: torch.Generator, rounds: int 
     """Lloyd's algorithm from random points: (n, d) to (number, d); empty cells keep their place."""
     centres = points[torch.randperm(len(points), generator=generator)[:number]].clone()
     for _ in range(rounds):
-        nearest = torch.cat([torch.cdist(p, centres).argmin(1) for p in points.split(4096)])
+        nearest = nearest_row(points, centres)
         sums = torch.zeros_like(centres).index_add_(0, nearest, points)
         counts = torch.bincount(nearest, minlength=number)[:, None]
         centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
@@ -157,20 +145,17 @@ def logit_laplace_nll(target: Tensor, mean: Tensor, log_spread: Tensor) -> Tenso
     """Negative log-likelihood of mapped pixels in (0, 1) under DALL-E's logit-Laplace density."""
     log_spread = log_spread.clamp(min=-5.0)
     logit = torch.logit(target)
-    return (
-        (logit - mean).abs() * torch.exp(-log_spread)
-        + log_spread
-        + (2 * target * (1 - target)).log()
-    )
+    distance = (logit - mean).abs() * torch.exp(-log_spread)
+    return distance + log_spread + (2 * target * (1 - target)).log()
 
 
 def kl_to_uniform(logits: Tensor) -> Tensor:
-    """Divergence of each cell's words from uniform use, nats: (B, V, h, w) to (B, h, w)."""
+    """Divergence of each cell's ids from uniform use, nats: (B, V, h, w) to (B, h, w)."""
     log_p = logits.log_softmax(dim=1)
     return (log_p.exp() * log_p).sum(dim=1) + math.log(logits.shape[1])
 
 
-def anneal(step: int, steps: float, start: float, end: float) -> float:
+def anneal(step: int, start: float, end: float, steps: float) -> float:
     """Move from ``start`` to ``end`` along a half cosine over the first ``steps``, and stay."""
     done = min(1.0, step / max(1.0, steps))
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * done))

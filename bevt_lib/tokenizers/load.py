@@ -1,9 +1,4 @@
-"""The frozen visual tokenizer, whichever it is: pictures to grids of ids and back.
-
-All have one interface, :class:`bevt_lib.tokenizers.base.Tokenizer`: ``encode`` takes uint8
-pictures, RGB 0 to 255, ``decode`` gives such ones,
-``vocab_size`` and ``factor`` (pixels per id) are its own.
-"""
+"""Load any frozen tokenizer from its file: a :class:`bevt_lib.tokenizers.base.FrozenTokenizer`."""
 
 import json
 import zipfile
@@ -11,22 +6,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bevt_lib.base.files import read_tensors
+from bevt_lib.tokenizers.base import FrozenTokenizer
 from bevt_lib.tokenizers.dalle import DalleTokenizer, architecture, build_dalle
 from bevt_lib.tokenizers.openai_files import CONVERTED, FILES, load_pickles
 from bevt_lib.tokenizers.peco import PecoTokenizer, build_peco
 
-FrozenTokenizer = DalleTokenizer | PecoTokenizer
 # By the header entry that tells a file's kind: (its value, the tensors) to the tokenizer.
-KINDS: dict[str, Callable[..., FrozenTokenizer]] = {"dalle": build_dalle, "peco": build_peco}
+KINDS: dict[str, Callable[..., FrozenTokenizer]] = {
+    DalleTokenizer.kind: build_dalle, PecoTokenizer.kind: build_peco}  # fmt: skip
 
 
 def load_tokenizer(path: str | Path) -> FrozenTokenizer:
     """Load any tokenizer: a safetensors file of ours, or what OpenAI publishes of DALL-E's.
 
     ``path`` is the file; the folder that holds OpenAI's ``encoder.pkl`` and ``decoder.pkl``; or an
-    encoder alone, which names but can't paint: OpenAI's, or the one that ``convert_weights`` takes
-    out of a released BEVT checkpoint. Raises ValueError in one line for a missing or damaged file
-    and for one of another kind.
+    encoder alone, which encodes but can't paint: OpenAI's, or the one that ``convert_weights``
+    takes out of a released BEVT checkpoint. Raises ValueError in one line for a missing or damaged
+    file and for one of another kind.
     """
     try:
         return _load(Path(path))
@@ -42,10 +38,8 @@ def _load(path: Path) -> FrozenTokenizer:
             return load_pickles(encoder, decoder if decoder.exists() else None)
         path = path / CONVERTED
     if not path.is_file():
-        raise ValueError(
-            f"no tokenizer at {path}: give --tokens.weights a .safetensors file, or the folder of "
-            f"OpenAI's {' and '.join(FILES)}"
-        )
+        raise ValueError(f"no tokenizer at {path}: give --tokens.weights a .safetensors file, or "
+                         f"the folder of OpenAI's {' and '.join(FILES)}")  # fmt: skip
     if path.suffix == ".pkl" or zipfile.is_zipfile(path):
         return load_pickles(path, None)
     header, state = read_tensors(path)

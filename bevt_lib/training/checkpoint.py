@@ -8,8 +8,8 @@
 
 model.safetensors holds the weights that training goes on from, ema.safetensors their average,
 under the same names; best/ holds the average where there is one. A folder is written under a
-hidden name, synced and renamed; it counts only while the SHA-256 sums in its state.json hold. Any
-number of processes resumes it.
+hidden name, synced and renamed; it counts only while the SHA-256 sums in its state.json match. Any
+number of processes can resume it.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bevt_lib.base.files import save_tensors, sha256
+from bevt_lib.base.trainable import Trainable
 
 State = dict[str, Tensor]
 
@@ -35,7 +36,7 @@ State = dict[str, Tensor]
 def save(
     run: Path,
     step: int,
-    model: nn.Module,
+    model: Trainable,
     optimizer: Optimizer,
     average: State,
     keep: int,
@@ -43,7 +44,7 @@ def save(
 ) -> Path:
     """Write the checkpoint of a finished step and delete all but the last ``keep``.
 
-    ``average`` is the weight average; empty: the run keeps none. ``more`` goes into state.json.
+    ``average`` is the EMA of the weights; empty: the run keeps none. ``more`` goes into state.json.
     Call on one process only; all hold the same. Returns the checkpoint's folder. Raises ValueError
     in one line where it can't be written; what was there before is still there then.
     """
@@ -55,7 +56,7 @@ def save(
     others = [f for f in sorted(folder.parent.glob("step_*")) if f != folder]
     before = [f for f in others if f < folder]
     kept = before[max(0, len(before) - keep + 1) :]
-    for old in (f for f in others if f not in kept):  # later ones were passed by as damaged
+    for old in (f for f in others if f not in kept):  # later ones are damaged
         hidden = old.with_name(f".old_{old.name}")
         with suppress(OSError):
             os.rename(old, hidden)
@@ -78,7 +79,7 @@ def write(folder: Path, contents: Mapping[str, State], state: Mapping[str, Any])
             _sync(path)
             sums[path.name] = sha256(path)
         whole = {**state, "sha256": sums}
-        whole["self"] = _own_sum(whole)
+        whole["self"] = _checksum(whole)
         (part / "state.json").write_text(json.dumps(whole, indent=1))
         _sync(part / "state.json")
         _sync(part)
@@ -96,34 +97,34 @@ def write(folder: Path, contents: Mapping[str, State], state: Mapping[str, Any])
 
 
 def is_intact(folder: Path) -> bool:
-    """Tell whether a folder is still as :func:`write` left it."""
+    """Whether a folder is still as :func:`write` left it."""
     try:
         state = json.loads((folder / "state.json").read_text())
         sums = state["sha256"]
         own = state.pop("self", None)  # older checkpoints have none
-        whole = own in (None, _own_sum(state)) and "model.safetensors" in sums
+        whole = own in (None, _checksum(state)) and "model.safetensors" in sums
         return whole and all(sha256(folder / name) == total for name, total in sums.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
 def remove_partial(run: Path) -> None:
-    """Remove what a killed process left half written or half removed; no run may be at work."""
+    """Remove what a killed process left half written or half removed; no run may be active."""
     for place in (run, run / "checkpoints"):
         for left in [*place.glob(".part_*"), *place.glob(".old_*")]:
             shutil.rmtree(left, ignore_errors=True)
 
 
 def latest(run: Path) -> Path | None:
-    """Find the newest checkpoint of a run whose sums hold; a damaged one is named and passed by.
+    """Find a run's newest intact checkpoint; damaged ones are skipped, with a line on stderr.
 
-    None: the run has saved nothing yet. Raises ValueError where all are damaged.
+    None: the run has saved nothing yet. Raises ValueError if all are damaged.
     """
     folders = sorted((run / "checkpoints").glob("step_*"), reverse=True)
     for folder in folders:
         if is_intact(folder):
             return folder
-        print(f"{folder.name} is damaged (its sums don't hold): passed by", file=sys.stderr)
+        print(f"{folder.name} is damaged (checksum mismatch): skipped", file=sys.stderr)
     if folders:
         raise ValueError(
             f"every checkpoint in {run} is damaged ({', '.join(f.name for f in folders)}): bring "
@@ -132,7 +133,7 @@ def latest(run: Path) -> Path | None:
     return None
 
 
-def load(folder: Path, model: nn.Module, optimizer: Optimizer, average: State) -> dict[str, Any]:
+def load(folder: Path, model: Trainable, optimizer: Optimizer, average: State) -> dict[str, Any]:
     """Load a checkpoint into model, optimizer and, unless empty, average; return its state.json."""
     model.load_state_dict(load_file(folder / "model.safetensors"))
     tensors = load_file(folder / "optimizer.safetensors")
@@ -155,13 +156,13 @@ def optimizer_tensors(optimizer: Optimizer) -> State:
     }
 
 
-def _named_parameters(optimizer: Optimizer):
+def _named_parameters(optimizer: Optimizer) -> Iterator[tuple[str, nn.Parameter]]:
     for group in optimizer.param_groups:
         yield from zip(group["names"], group["params"], strict=True)
 
 
-def _own_sum(state: Mapping[str, Any]) -> str:
-    """Sum up what state.json says beside this sum itself."""
+def _checksum(state: Mapping[str, Any]) -> str:
+    """Give the SHA-256 of what state.json holds beside this checksum."""
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 

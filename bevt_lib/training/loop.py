@@ -11,24 +11,25 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 
 from bevt_lib.base import distributed
 from bevt_lib.base.config import Optim, Run
+from bevt_lib.base.trainable import Batch, Part
 from bevt_lib.datasets.augment import one_thread
 from bevt_lib.datasets.items import step_batches
 from bevt_lib.training import checkpoint, run_folder
 from bevt_lib.training.optim import learning_rate, start_average, update_average
 from bevt_lib.training.run_folder import Entry
-from bevt_lib.training.step import Batch, Source, Trainable, Update
+from bevt_lib.training.step import Update
+from bevt_lib.training.task import Source, Task
 
 TIMINGS = ("items_per_s", "data_wait")  # in the record, but not part of the result
 ALWAYS_TOLERATED = 10  # replaced items that stop no run, whatever their share
@@ -86,70 +87,47 @@ def be_deterministic(switch: bool) -> None:
     torch.use_deterministic_algorithms(switch)
 
 
-def in_folder(run: Run, folder: str) -> Run:
-    """Give the run settings with their folder filled in."""
-    return replace(run, folder=folder)
+def set_up(run: Run) -> None:
+    """Set torch's threads and determinism; call before anything is computed."""
+    if run.threads:
+        torch.set_num_threads(run.threads)
+    be_deterministic(run.deterministic)
 
 
-def fit(
-    model: Trainable,
-    sources: Mapping[str, Source],
-    optim: Optim,
-    run: Run,
-    *,
-    steps: int,
-    prepare: Callable[[Batch, int], Batch],
-    after_step: Callable[[int], Mapping[str, float]] = lambda step: {},
-    config: Mapping[str, Any] | None = None,
-    rename: Callable[[str], str] = lambda name: name,
-    validate: Callable[[int], dict[str, float]] | None = None,
-    validate_every: int = 0,
-    best_by: str = "",
-    bad_share: float = 0.01,
-) -> list[Entry]:
-    """Train ``model`` for ``steps`` optimiser steps and return the record, one dict per step.
+def fit(task: Task, optim: Optim, run: Run) -> list[Entry]:
+    """Train ``task.model`` for ``task.steps`` optimiser steps; return the record, a dict per step.
 
-    ``model(batch, noise)`` gives {stream: Term}; the loss is the sum over streams of the mean over
-    the *global* batch. ``model.counts(batch)`` says how many items each stream holds, and
-    ``model.noise_sizes`` how many uniforms per sample it wants. ``prepare(batch, step)`` runs on
-    the device without gradient: pixels to floats, token ids. ``after_step(step)`` runs on every
-    process after the weights' update; its numbers go into the record.
-
-    With ``run.folder`` the run is saved there and a run found there is resumed; ``config`` is
-    compared with the one found. With ``optim.ema`` the model ends with the weight average in the
-    weights' place, also where the run stops early or was finished before; checkpoints hold both.
-
-    ``validate(done)`` scores the model after ``done`` steps: on all processes, in eval mode, on the
-    average if there is one, every ``validate_every`` steps and after the last. Its numbers go into
-    the record as "val/...". Of the one named by ``best_by`` the weights with the highest value are
-    kept in RUN/best.
+    The loss is the sum over streams of ``optim.loss_weights`` times the mean over the *global*
+    batch. With ``run.folder`` the run is saved there and a run found there is resumed. With
+    ``optim.ema`` the model ends with the EMA of its weights, also if the run stops early or was
+    finished before; checkpoints hold both.
 
     A record shorter than min(steps, run.stop_after or steps) is that of a run that was asked to
     stop (SIGTERM): it is saved, and its process should end soon. Raises ValueError for another
     configuration in the folder, for numbers that aren't finite, where nothing can be saved, and
-    where more than ``bad_share`` of a stream's items so far had to be replaced.
+    where more than ``task.bad_share`` of a stream's items so far had to be replaced.
     """
-    split = split_batch({s: source.batch for s, source in sources.items()},
-                        distributed.world_size(), run.micro_batch)  # fmt: skip
-    update = Update.start(model, sources, optim, run, prepare, rename)
-    average = start_average(model) if optim.ema else {}
+    sources, steps = task.sources, task.steps
+    batches = {stream: source.batch for stream, source in sources.items()}
+    split = split_batch(batches, distributed.world_size(), run.micro_batch)
+    update = Update.start(task, optim, run)
+    average = start_average(task.model) if optim.ema else {}
     folder = Path(run.folder) if run.folder else None
     with contextlib.ExitStack() as stack:
-        start, history = _resume(stack, folder, update, average, dict(config or {}))
+        # Go on from the folder's last checkpoint, if it holds one.
+        start, history = _resume(stack, folder, update, average)
         stop = min(steps, run.stop_after or steps)
         items = len(next(iter(sources.values())).items)
         replaced = Counter({s: sum(e.get(f"{s}/replaced", 0) for e in history) for s in sources})
 
         def due(done: int) -> bool:
-            every = bool(validate_every) and done % validate_every == 0
-            return validate is not None and done > 0 and (done == steps or every)
-
-        def score(done: int) -> Entry:
-            assert validate is not None
-            return _validated(model, average, folder, history, validate, best_by, done)
+            every = bool(task.validate_every) and done % task.validate_every == 0
+            return task.validate is not None and done > 0 and (done == steps or every)
 
         if history and due(start) and not any(k.startswith("val/") for k in history[-1]):
-            history[-1] |= score(start)  # the run ended between a checkpoint and its validation
+            # The run ended between a checkpoint and its validation.
+            history[-1] |= _validated(task, average, folder, history, start)
+        # Open the record and the screen.
         metrics = run_folder.Metrics(folder, history)
         distributed.on_rank_zero(metrics.open)
         stack.callback(metrics.close)
@@ -157,50 +135,47 @@ def fit(
         title = f"steps {start} to {stop} in {split}; {update.precision}"
         show = stack.enter_context(run_folder.progress(title, start, stop))
         for step, micros, waited in _batches(sources, split, start, stop):
+            # Make the step.
             began = time.perf_counter()
-            extra = {"asked": float(asked())} | _replacements(micros)
+            extra_sums = {"asked": float(asked())} | _replacements(micros)
             rate = learning_rate(optim, step, items)
-            entry = {"step": step, "lr": rate, **update.step(micros, step, rate, extra)}
-            entry |= after_step(step)
+            entry = {"step": step, "lr": rate, **update.step(micros, step, rate, extra_sums)}
+            entry |= task.after_step(step)
             if average:
-                update_average(average, model, optim.ema)
+                update_average(average, task.model, optim.ema)
+            # Note its speed, and count what had to be replaced.
             seconds = time.perf_counter() - began + waited
-            entry["items_per_s"] = sum(s.batch for s in sources.values()) / seconds
+            entry["items_per_s"] = sum(batches.values()) / seconds
             entry["data_wait"] = waited / seconds
             stopping, done = entry.pop("asked") > 0, step + 1
             replaced.update({s: entry.get(f"{s}/replaced", 0) for s in sources})
-            _stand_replacements(replaced, sources, done, bad_share)
+            _refuse_many_replacements(replaced, batches, done, task.bad_share)
+            # Save, validate, and write the step's line.
             if folder and (done == stop or stopping or due(done) or done % run.save_every == 0):
-                distributed.on_rank_zero(
-                    partial(_save, folder, metrics, update, average, done, entry)
-                )
+                save = partial(_save, folder, metrics, update, average, done, entry)
+                distributed.on_rank_zero(save)
             if due(done) and not stopping:
-                entry |= score(done)
+                entry |= _validated(task, average, folder, history, done)
             metrics.write(entry)
             show(entry)
             if stopping:
                 break
-        model.load_state_dict(model.state_dict() | average)
+        task.model.load_state_dict(task.model.state_dict() | average)
         distributed.on_rank_zero(metrics.flush)
     return metrics.history
 
 
 def _resume(
-    stack: contextlib.ExitStack,
-    folder: Path | None,
-    update: Update,
-    average: checkpoint.State,
-    config: dict[str, Any],
+    stack: contextlib.ExitStack, folder: Path | None, update: Update, average: checkpoint.State
 ) -> tuple[int, list[Entry]]:
     """Enter the run's folder and load its latest checkpoint, if any: (steps done, record)."""
     if folder is None:
         return 0, []
+    task = update.task
 
     def enter() -> tuple[Path | None, list[Entry]]:
-        lists = {
-            run_folder.ITEMS + s: source.items.fingerprint() for s, source in update.sources.items()
-        }
-        run_folder.check_config(folder, config | lists)
+        lists = {run_folder.ITEMS + s: src.items.fingerprint() for s, src in task.sources.items()}
+        run_folder.check_config(folder, {**task.config, **lists})
         stack.enter_context(run_folder.lock_folder(folder))
         checkpoint.remove_partial(folder)
         return checkpoint.latest(folder), run_folder.read_metrics(folder)
@@ -208,7 +183,7 @@ def _resume(
     found, history = distributed.on_rank_zero(enter)
     if found is None:
         return 0, []
-    state = checkpoint.load(found, update.model, update.optimizer, average)
+    state = checkpoint.load(found, task.model, update.optimizer, average)
     if update.scaler.is_enabled() and state.get("scaler"):
         update.scaler.load_state_dict(state["scaler"])
     start = state["step"]
@@ -228,37 +203,33 @@ def _save(
 ) -> None:
     """Save after ``done`` steps, the lines before the last one's ``entry`` first."""
     metrics.flush()
-    checkpoint.save(folder, done, update.model, update.optimizer, average, update.run.keep,
+    checkpoint.save(folder, done, update.task.model, update.optimizer, average, update.run.keep,
                     scaler=update.scaler.state_dict(), entry=entry)  # fmt: skip
 
 
 def _validated(
-    model: nn.Module,
-    average: checkpoint.State,
-    folder: Path | None,
-    history: list[Entry],
-    validate: Callable[[int], dict[str, float]],
-    best_by: str,
-    done: int,
+    task: Task, average: checkpoint.State, folder: Path | None, history: list[Entry], done: int
 ) -> Entry:
-    """Score the model, or its average, keep it if it is the best, and leave it as it was."""
+    """Score the model, or its EMA, keep it if it is the best, and leave it as it was."""
+    model = task.model
+    assert task.validate is not None
     weights = {k: v.clone() for k, v in model.state_dict().items() if k in average}
     model.load_state_dict(model.state_dict() | average)
     model.eval()
     with torch.no_grad():
-        mine = validate(done)
+        mine = task.validate(done)
     model.train()
     scores = {f"val/{k}": float(v) for k, v in distributed.on_rank_zero(lambda: mine).items()}
 
     def keep() -> None:
         assert folder is not None
-        name = f"val/{best_by}"
+        name = f"val/{task.best_by}"
         best = max((e.get(name, -math.inf) for e in history), default=-math.inf)
         if scores[name] > best or not checkpoint.is_intact(folder / "best"):
-            told = {"step": done, best_by: scores[name]}
-            checkpoint.write(folder / "best", {"model": model.state_dict()}, told)
+            state = {"step": done, task.best_by: scores[name]}
+            checkpoint.write(folder / "best", {"model": model.state_dict()}, state)
 
-    if folder and best_by:
+    if folder and task.best_by:
         distributed.on_rank_zero(keep)
     model.load_state_dict(model.state_dict() | weights)
     return scores
@@ -273,11 +244,11 @@ def _replacements(micros: list[Batch]) -> dict[str, float]:
     }
 
 
-def _stand_replacements(
-    replaced: Mapping[str, float], sources: Mapping[str, Source], done: int, bad_share: float
+def _refuse_many_replacements(
+    replaced: Mapping[str, float], batches: Mapping[str, int], done: int, bad_share: float
 ) -> None:
-    for stream, source in sources.items():
-        bad, seen = replaced[stream], done * source.batch
+    for stream, batch in batches.items():
+        bad, seen = replaced[stream], done * batch
         if bad >= ALWAYS_TOLERATED and bad > bad_share * seen:
             raise ValueError(
                 f"{bad:.0f} of the {seen} items of the {stream} stream had bad files, more than "
@@ -303,7 +274,7 @@ def _batches(
         yield step, micros, time.perf_counter() - began
 
 
-def _next(loader: Iterator) -> dict[str, Any]:
+def _next(loader: Iterator[Part]) -> Part:
     """Take a loader's next micro-batch. RuntimeError as PyTorch's own where a worker was killed."""
     try:
         return next(loader)
@@ -311,7 +282,7 @@ def _next(loader: Iterator) -> dict[str, Any]:
         raise RuntimeError(f"DataLoader worker seems to be killed: {error!r}") from error
 
 
-def _loader(source: Source, split: Split, stream: str, start: int, stop: int) -> DataLoader:
+def _loader(source: Source, split: Split, stream: str, start: int, stop: int) -> DataLoader[Part]:
     micro = split.micro[stream]
     batches = step_batches(start, stop, source.batch, distributed.rank(), split.processes, micro)
     return DataLoader(
@@ -325,7 +296,8 @@ def _loader(source: Source, split: Split, stream: str, start: int, stop: int) ->
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:
     host = ("position", "replaced")
-    return {
-        s: {k: v.to(device, non_blocking=True) if k not in host else v for k, v in part.items()}
-        for s, part in batch.items()
-    }
+
+    def move(part: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: v if k in host else v.to(device, non_blocking=True) for k, v in part.items()}
+
+    return {stream: cast(Part, move(part)) for stream, part in batch.items()}

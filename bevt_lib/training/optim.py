@@ -1,11 +1,13 @@
-"""Parameter groups and learning rates, as functions of names and of the step; weight average."""
+"""Parameter groups, learning rates as functions of the step, and the EMA of the weights."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from bevt_lib.base.config import Optim
+from bevt_lib.base.trainable import Trainable
 
 Rule = tuple[str, float, float]
 
@@ -22,13 +24,15 @@ def factors(name: str, rules: Iterable[Rule]) -> tuple[float, float]:
     return 1.0, 1.0
 
 
-def parameter_groups(model: nn.Module, optim: Optim, rename=lambda name: name) -> list[dict]:
+def parameter_groups(
+    model: Trainable, optim: Optim, rename: Callable[[str], str] = str
+) -> list[dict[str, Any]]:
     """Group trainable parameters by their (lr factor, decay factor) for AdamW.
 
     ``rename`` translates our names before the rules are matched (paper presets match the released
     names). Each group holds "params", "names", "factor" (of the rate) and "weight_decay".
     """
-    groups: dict[tuple[float, float], dict] = {}
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -48,7 +52,7 @@ def total_steps(optim: Optim, items: int) -> int:
 
 
 def cycle_of(optim: Optim, step: int) -> tuple[int, int]:
-    """Tell (cycle, step within it): 0 is the schedule itself, 1 and on are its restarts."""
+    """Give (cycle, step within it): 0 is the schedule itself, 1 and on are its restarts."""
     lengths = [optim.steps, *(steps for steps, _ in optim.restarts)] if optim.steps else [0]
     cycle = 0
     while cycle < len(lengths) - 1 and step >= lengths[cycle]:
@@ -86,13 +90,13 @@ def learning_rate(optim: Optim, step: int, items: int) -> float:
     return regular * (1 - (1 - now / optim.warmup) * (1 - optim.warmup_start))
 
 
-def start_average(model: nn.Module) -> dict[str, Tensor]:
-    """Copy the floating-point parameters and buffers: a weight average's start."""
+def start_average(model: Trainable) -> dict[str, Tensor]:
+    """Copy the floating-point parameters and buffers, to start the EMA."""
     return {k: v.clone() for k, v in model.state_dict().items() if v.is_floating_point()}
 
 
-def update_average(average: Mapping[str, Tensor], model: nn.Module, share: float) -> None:
-    """Take the weights into their exponential moving average (EMA), in place.
+def update_average(average: Mapping[str, Tensor], model: Trainable, share: float) -> None:
+    """Update the exponential moving average (EMA) of the weights, in place.
 
     ``average <- (1 - share) average + share weights``. Source: mmcv's hook in the released SSv2
     recipe, there after every micro-iteration.

@@ -1,7 +1,7 @@
-"""What a run leaves in its folder and on the screen, and how it is asked to stop.
+"""What a run writes to its folder and to the screen, and how it is asked to stop.
 
-Nothing in the folder is lost or doubled by a kill at any moment: metrics.jsonl holds a line per
-step and is cut back to the step that is resumed.
+A kill neither loses nor duplicates records: metrics.jsonl holds a line per step and is cut back to
+the step that is resumed.
 """
 
 import contextlib
@@ -22,14 +22,14 @@ from bevt_lib.base import config, distributed
 
 try:
     import fcntl
-except ImportError:  # Windows: nobody watches over a folder there
+except ImportError:  # Windows: no locks there
     fcntl = None  # type: ignore[assignment]
 
 Entry = dict[str, float]
-PATIENCE = 60.0  # seconds that a new run waits for an old one to leave the folder
-ITEMS = "items."  # and a stream's name: what config.json holds of its list
-LINE_EVERY = 30.0  # seconds between two lines where there is no terminal
-# Fields that change nothing in training: where things lie, what is tolerated, when one looks.
+LOCK_TIMEOUT = 60.0  # seconds that a new run waits for another one to leave the folder
+ITEMS = "items."  # and a stream's name: the fingerprint of its list in config.json
+LINE_EVERY = 30.0  # seconds between two lines in a log file
+# Fields that a resumed run may change: where files are, what is tolerated, when it is scored.
 MAY_DIFFER = {
     "data.video_list", "data.video_root", "data.image_root", "data.image_list", "data.val_list",
     "data.class_list", "data.checked", "data.bad_share", "data.timeout", "data.workers",
@@ -41,11 +41,10 @@ RENAMED = {"model.released": "model.released_quirks"}  # fields of older runs
 
 
 def check_config(folder: Path, recipe: Mapping[str, Any]) -> None:
-    """Make the run's folder, or make sure that the run in it is of this recipe.
+    """Make the run's folder, or check that the run in it has this recipe.
 
-    ``recipe`` holds {"section.field": value}. A field that the run there was begun without counts
-    as its default, or if it has none as unchanged. Raises ValueError that names the fields that
-    differ.
+    ``recipe`` holds {"section.field": value}. A field that the older run didn't know counts as its
+    default, or as unchanged if it has none. Raises ValueError that names the fields that differ.
     """
     written = folder / "config.json"
     mine = json.loads(json.dumps(dict(recipe)))
@@ -56,7 +55,7 @@ def check_config(folder: Path, recipe: Mapping[str, Any]) -> None:
             part.write_text(json.dumps(mine, indent=1))
             os.replace(part, written)
         found = {RENAMED.get(k, k): v for k, v in json.loads(written.read_text()).items()}
-        there = {k: default_of(k, v) for k, v in mine.items()} | found
+        there = {k: default_value(k, v) for k, v in mine.items()} | found
     except OSError as error:
         raise ValueError(
             f"can't write to the run folder {folder} ({error.strerror}): choose another with "
@@ -65,21 +64,21 @@ def check_config(folder: Path, recipe: Mapping[str, Any]) -> None:
     other = [k for k in there if matters(k) and mine.get(k) != there[k]]
     if other:
         detail = "; ".join(f"{k}: {there[k]} there, {mine.get(k)} here" for k in other)
-        mend = "give that run's lists and --data.checked, or "
-        mend *= any(key.startswith(ITEMS) for key in other)
+        fix = "give that run's lists and --data.checked, or "
+        fix *= any(key.startswith(ITEMS) for key in other)
         raise ValueError(
-            f"{folder} holds a run of another configuration ({detail}): {mend}choose another "
+            f"{folder} holds a run of another configuration ({detail}): {fix}choose another "
             "--run.folder or remove it"
         )
 
 
 def matters(key: str) -> bool:
-    """Tell whether a field changes what is computed: paths, workers and the run's own don't."""
+    """Whether a field changes what is computed; paths, workers and the run's own don't."""
     return key == "run.seed" or not (key.startswith("run.") or key in MAY_DIFFER)
 
 
-def default_of(key: str, otherwise: Any) -> Any:
-    """Give the default of a recipe's field, as JSON holds it; ``otherwise`` where it has none."""
+def default_value(key: str, otherwise: Any) -> Any:
+    """Give the default of a recipe's field, as in JSON; ``otherwise`` if it has none."""
     section, _, name = key.rpartition(".")
     kind = getattr(config, section.capitalize(), None)
     kinds = [kind] if kind else config.Recipe.__args__
@@ -90,13 +89,13 @@ def default_of(key: str, otherwise: Any) -> Any:
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder, by a lock on its config.json that dies with the process.
+    """Keep other runs out of a folder, by a lock on its config.json that ends with the process.
 
-    Raises ValueError where another run is still there after PATIENCE. Without locks (Windows, some
-    file systems) nobody is kept out.
+    Raises ValueError if another run is still there after LOCK_TIMEOUT. Without locks (Windows, some
+    file systems) nothing is kept out.
     """
     with (folder / "config.json").open("r+") as file:
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + LOCK_TIMEOUT
         while fcntl:
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -104,7 +103,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
                 if error.errno in (errno.EACCES, errno.EAGAIN):
                     if time.monotonic() > deadline:
                         raise ValueError(
-                            f"another run is at work in {folder}: wait for it, or choose another "
+                            f"another run is active in {folder}: wait for it, or choose another "
                             "--run.folder"
                         ) from None
                     time.sleep(0.1)
@@ -114,7 +113,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 
 def read_metrics(folder: Path) -> list[Entry]:
-    """Read metrics.jsonl as far as it is whole: a kill may have torn its last line."""
+    """Read metrics.jsonl up to the first line that isn't whole: a kill may cut the last one."""
     history: list[Entry] = []
     path = folder / "metrics.jsonl"
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
@@ -130,11 +129,11 @@ class Metrics:
 
     def __init__(self, folder: Path | None, history: list[Entry]):
         self.folder, self.history = folder, history
-        self.trouble: OSError | None = None  # met in writing; told by :meth:`flush`
+        self.error: OSError | None = None  # met in writing, raised by :meth:`flush`
         self.file: int | None = None
 
     def open(self) -> None:
-        """Write what is known already; call on rank 0 only."""
+        """Write the history, and open the file for more; call on rank 0 only."""
         if self.folder is None:
             return
         path, part = self.folder / "metrics.jsonl", self.folder / ".metrics.part"
@@ -145,20 +144,20 @@ class Metrics:
     def write(self, entry: Entry) -> None:
         """Append a step's line."""
         self.history.append(entry)
-        if self.file is None or self.trouble:
+        if self.file is None or self.error:
             return
         line = (json.dumps(entry) + "\n").encode()
         try:
             if os.write(self.file, line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            self.trouble = error
+            self.error = error
 
     def flush(self) -> None:
-        """Make the lines durable. Raises ValueError where one could not be written."""
-        if self.trouble:
+        """Sync the lines to disk. Raises ValueError if one could not be written."""
+        if self.error:
             raise ValueError(
-                f"can't write metrics.jsonl ({self.trouble.strerror}): make room; the same "
+                f"can't write metrics.jsonl ({self.error.strerror}): make room; the same "
                 "command then continues from the last checkpoint"
             )
         if self.file is not None:
@@ -172,9 +171,9 @@ class Metrics:
 
 @contextlib.contextmanager
 def asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Give a function that tells whether this process was asked to stop.
+    """Give a function that says whether this process was asked to stop.
 
-    By SIGTERM, or because the torchrun that started it is gone: left alone it would train on beside
+    By SIGTERM, or because the torchrun that started it has died: otherwise it would train on beside
     the run that is started in its place.
     """
     seen: list[int] = []
@@ -189,7 +188,7 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
 
     try:
         before = signal.signal(signal.SIGTERM, note)
-    except ValueError:  # not in the main thread: nobody can ask
+    except ValueError:  # not in the main thread, which alone gets signals
         yield asked
         return
     try:
@@ -210,11 +209,11 @@ def progress(title: str, start: int, stop: int) -> Iterator[Callable[[Entry], No
     live = first and (notebook or sys.stderr.isatty())
     if first and not notebook and start < stop:
         print(title, file=sys.stderr)
-    began = told = time.monotonic()
+    began = last_line = time.monotonic()
     mean: Entry = {}
 
     def show(entry: Entry) -> None:
-        nonlocal told
+        nonlocal last_line
         done = int(entry["step"]) + 1
         share = max(0.05, 1 / (done - start))  # a mean that forgets after some 20 steps
         for key in ("items_per_s", "data_wait"):
@@ -224,10 +223,10 @@ def progress(title: str, start: int, stop: int) -> Iterator[Callable[[Entry], No
         bar.set_postfix_str(text, refresh=False)
         bar.update()
         now = time.monotonic()
-        if first and not live and now - told >= LINE_EVERY:
+        if first and not live and now - last_line >= LINE_EVERY:
             left = tqdm.format_interval((now - began) / (done - start) * (stop - done))
             print(f"step {done} of {stop}: {text}, {left} left", file=sys.stderr, flush=True)
-            told = now
+            last_line = now
 
     with tqdm(total=stop, initial=start, unit="step", disable=not live, mininterval=1) as bar:
         yield show

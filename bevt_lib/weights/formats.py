@@ -1,4 +1,4 @@
-"""The names other code gives the same tensors, and how a checkpoint's own code is told from them.
+"""The names other code gives the same tensors, and how they show whose checkpoint a file is.
 
 | format | whose | holds |
 | --- | --- | --- |
@@ -8,7 +8,7 @@
 | ``timm`` | timm's 2D Swin | an image encoder |
 | ``torchvision`` | torchvision's ``swin3d_*`` | a classifier |
 
-Names only: which tensors a model then takes is :mod:`bevt_lib.weights.load`'s matter. Sources: the
+Names only: :mod:`bevt_lib.weights.load` decides which tensors a model then takes. Sources: the
 released code's loaders and state-dict lists; timm and torchvision models as built.
 """
 
@@ -77,13 +77,13 @@ PREFIXES = ("module.", "model.", "encoder.")  # what wrappers and exports put be
 
 @dataclass
 class Recognised:
-    """A checkpoint in our names. ``left_out`` tells why a tensor isn't among them."""
+    """A checkpoint in our names. ``left_out`` says why a tensor isn't among them."""
 
     format: str
     state: State
     tokenizer: State = field(default_factory=dict)  # DALL-E's encoder, in its package's names
     left_out: dict[str, str] = field(default_factory=dict)  # their name: why
-    tokens: int = 0  # of a window, where an index buffer tells
+    tokens: int = 0  # of a window, from an index buffer, if there is one
 
 
 def translate_name(name: str, names: Names, parts: Names = TABLE) -> str:
@@ -110,11 +110,11 @@ def released_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def recognise(raw: Mapping) -> Recognised:
-    """Tell whose checkpoint this is, unwrap it, and rename its tensors to ours.
+    """Find out whose checkpoint this is, unwrap it, and rename its tensors to ours.
 
     ``raw`` is what the file holds: tensors by name, or a dict around them ("state_dict", "model",
     "module"). Prefixes of wrappers ("module.", "encoder.", a missing "backbone.") are taken off.
-    Raises ValueError where nobody's names fit, and for tensors that a released or torchvision
+    Raises ValueError if no known names fit, and for tensors that a released or torchvision
     checkpoint should not hold; 2D checkpoints may hold others, which are listed as left out.
     """
     flat = _unwrap(raw)
@@ -123,7 +123,7 @@ def recognise(raw: Mapping) -> Recognised:
     kernel = flat.get("patch_embed.proj.weight", flat.get("backbone.patch_embed.proj.weight"))
     if kernel is None or kernel.dim() not in (4, 5):
         raise ValueError(
-            f"these are no Swin weights: no patch embedding among {sorted(flat)[:4]}, ..."
+            f"these are not Swin weights: no patch embedding among {sorted(flat)[:4]}, ..."
         )
     if any(name.startswith("features.") for name in flat):
         return _rename("torchvision", flat, strict=True)
@@ -185,7 +185,7 @@ def _rename(format: str, flat: Mapping[str, Tensor], *, strict: bool) -> Recogni
 def export(
     state: Mapping[str, Tensor], format: str, tokenizer: Mapping[str, Tensor] | None = None
 ) -> tuple[State, dict[str, str]]:
-    """Write our tensors under another code's names; also tell what is left out (our name: why).
+    """Write our tensors under another code's names; also give what is left out (our name: why).
 
     Index buffers are written, too. A 2D format takes what an image stream has of its parts, with
     the middle slice of the bias tables; ``bevt`` also a ``tokenizer``'s encoder.
@@ -231,7 +231,7 @@ def window_of(
     Windows are square but for ``near``, the window of the model that is to take the table. Of
     several that fit, one of ``near``'s height and width is taken; then a 2D one (d = 1) if the
     weights are ``flat``, one for clips otherwise; then the largest. ``tokens`` of a window, where
-    an index buffer tells them, settles it. Raises ValueError where none fits.
+    an index buffer gives them, decide. Raises ValueError if none fits.
     """
     wanted = near[1:] if near else (0, 0)
     sides = {(s, s) for s in range(2, (math.isqrt(rows) + 3) // 2)} | ({wanted} if near else set())
@@ -248,7 +248,7 @@ def window_of(
 def architecture(state: Mapping[str, Tensor], tokens: int = 0) -> dict:
     """Read a model's architecture off its tensors (our names): arguments of BEVT or Classifier.
 
-    ``tokens`` of a window, where known, tells windows apart whose tables are equally long.
+    ``tokens`` of a window, where known, decides between windows whose tables are equally long.
     """
     count = {s: len({n.split(".")[4] for n in state if n.startswith(f"swin.stages.{s}.blocks.")})
              for s in STAGES}  # fmt: skip
@@ -264,7 +264,7 @@ def architecture(state: Mapping[str, Tensor], tokens: int = 0) -> dict:
         "depths": tuple(count.values()),
         "num_heads": tuple(table.shape[1] for table in tables),
         "window": window_of(len(tables[0]), tokens=tokens),
-        # An image stream doesn't tell the clip's patch: the released two frames.
+        # An image stream doesn't show the clip's patch: the released two frames.
         "patch": tuple(patch.shape[2:]) if kernel is not None else (2, *patch.shape[3:]),
         "patch_norm": any(n.startswith("patch_embed") and ".norm." in n for n in state),
     }

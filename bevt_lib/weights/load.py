@@ -2,8 +2,8 @@
 
 Every loader is strict: a tensor that is missing, left over or of another shape is an error that
 names it. What a start deliberately leaves out (a fresh head) stands in its :class:`Report`. Whose
-names a file uses is told by :mod:`bevt_lib.weights.formats`, so that ``read_weights`` takes any of
-them.
+names a file uses is found by :mod:`bevt_lib.weights.formats`, so that ``read_weights`` takes any
+of them.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def harmless_classes() -> list[Any]:
 def read_file(path: Path) -> Mapping[str, Any]:
     """Read a safetensors file, a torch pickle or a model or checkpoint folder: tensors only.
 
-    Of a checkpoint folder with a weight average, the average is read.
+    If the checkpoint has an EMA, the EMA is read.
 
     No code from a pickle is run: it may name tensors and :func:`harmless_classes`, and is refused
     whole otherwise. Raises ValueError in one line for a missing, damaged or refused file.
@@ -67,17 +67,17 @@ def read_file(path: Path) -> Mapping[str, Any]:
             return load_file(path)
         except SafetensorError as error:
             raise ValueError(
-                f"{path} is not a readable safetensors file nor a torch pickle ({error}): look "
-                "whether a web page or a log was saved under that name"
+                f"{path} is not a readable safetensors file nor a torch pickle ({error}): was a "
+                "web page or a log saved under that name?"
             ) from None
     content = read_pickle(path, harmless_classes())
     if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}, no state dict")
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a state dict")
     return content
 
 
 def read_checkpoint(path: Path) -> Recognised:
-    """Read anybody's Swin or BEVT checkpoint into our names; see :func:`formats.recognise`."""
+    """Read any Swin or BEVT checkpoint into our names; see :func:`formats.recognise`."""
     try:
         return recognise(read_file(path))
     except ValueError as error:
@@ -85,7 +85,7 @@ def read_checkpoint(path: Path) -> Recognised:
 
 
 def read_weights(path: Path) -> State:
-    """Read the tensors of anybody's checkpoint, under our names."""
+    """Read the tensors of any Swin or BEVT checkpoint, under our names."""
     return read_checkpoint(path).state
 
 
@@ -97,28 +97,20 @@ def save_weights(state: Mapping[str, Tensor], path: Path, dtype: torch.dtype | N
 
 def load_strict(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     """Load a state dict of our own names into ``model``; ValueError names what doesn't fit."""
-    own = model.state_dict()
-    try:
-        _refuse_misfit(own.keys() - state.keys(), state.keys() - own.keys())
-        for name, value in own.items():
-            if state[name].shape != value.shape:
-                raise ValueError(
-                    f"the weights don't fit this model: {name} has shape "
-                    f"{tuple(state[name].shape)}, expected {tuple(value.shape)}"
-                )
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}; was it made by another preset?") from None
+    own, wrong = model.state_dict(), []
+    missing, left = own.keys() - state.keys(), state.keys() - own.keys()
+    for word, names in (("missing", missing), ("left over", left)):
+        if names:
+            shown = ", ".join(sorted(names)[:4]) + (", …" if len(names) > 4 else "")
+            wrong.append(f"{word} {len(names)} ({shown})")
+    if not wrong:
+        shapes = ((name, tuple(state[name].shape), tuple(v.shape)) for name, v in own.items())
+        wrong = [f"{n} has shape {found}, expected {ours}" for n, found, ours in shapes
+                 if found != ours][:1]  # fmt: skip
+    if wrong:
+        raise ValueError(f"{where}: the weights don't fit this model: {'; '.join(wrong)}; was it "
+                         "made by another preset?")  # fmt: skip
     model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
-
-
-def _refuse_misfit(missing: set[str], left: set[str]) -> None:
-    if missing or left:
-        parts = [
-            f"{word} {len(names)} ({', '.join(sorted(names)[:4])}{', …' if len(names) > 4 else ''})"
-            for word, names in (("missing", missing), ("left over", left))
-            if names
-        ]
-        raise ValueError(f"the weights don't fit this model: {'; '.join(parts)}")
 
 
 @dataclass
@@ -261,19 +253,19 @@ def resize_table(table: Tensor, old: Size3, new: Size3) -> Tensor:
 def load_model(folder: str | Path) -> BEVT | Classifier:
     """Load a model folder, ``model.safetensors`` beside ``config.json``, in eval mode.
 
-    Whose class it is stands in the config: a classifier has classes, BEVT a vocabulary. Raises
+    The config says which class it is: a classifier has classes, BEVT a vocabulary. Raises
     ValueError in one line where the folder, its config or its tensors don't hold a model.
     """
     folder = Path(folder)
     absent = [name for name in MODEL_FILES if not (folder / name).is_file()]
     if absent:
-        raise ValueError(f"{folder} is no model folder: it lacks {' and '.join(absent)}")
+        raise ValueError(f"{folder} is not a model folder: it lacks {' and '.join(absent)}")
     try:
         config = json.loads((folder / "config.json").read_text())
         if config.get("views"):
             config["views"] = ClipSpec(**config["views"])
         model = Classifier(**config) if "num_classes" in config else BEVT(**config)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{folder / 'config.json'} describes no model: {error}") from None
+        raise ValueError(f"{folder / 'config.json'} doesn't describe a model: {error}") from None
     load_strict(model, read_file(folder), str(folder))
     return model.eval()

@@ -22,18 +22,15 @@ from torch import Tensor, nn
 from bevt_lib.model.hub import as_architecture
 from bevt_lib.model.swin import PatchEmbed, Swin, initialise
 
-# Fields of the architecture that aren't Swin-B's.
-LESSON: dict[str, Any] = {"embed_dim": 24, "depths": (1, 1, 3, 1), "num_heads": (1, 2, 4, 8),
-                          "window": (4, 3, 3)}  # fmt: skip
-SIDES = {"bevt_swin_base": 224, "bevt_swin_base_window16": 224, "bevt_swin_base_image": 224,
-         "bevt_lesson": 96, "bevt_lesson_image": 96}  # fmt: skip
-default_cfgs = generate_default_cfgs(
-    {
-        f"{name}.none": {"input_size": (3, side, side), "first_conv": "patch_embed.proj",
-                         "classifier": "head"}
-        for name, side in SIDES.items()
-    }
-)  # fmt: skip
+LESSON = {"embed_dim": 24, "depths": (1, 1, 3, 1), "num_heads": (1, 2, 4, 8), "window": (4, 3, 3)}
+# By name: the side of a picture, pixels, and where the encoder differs from Swin-B for clips.
+MODELS: dict[str, tuple[int, dict[str, Any]]] = {
+    "bevt_swin_base": (224, {}),
+    "bevt_swin_base_window16": (224, {"window": (16, 7, 7)}),
+    "bevt_swin_base_image": (224, {"image": True}),
+    "bevt_lesson": (96, LESSON),
+    "bevt_lesson_image": (96, {**LESSON, "image": True}),
+}
 
 
 class Encoder(nn.Module):
@@ -122,36 +119,22 @@ class Encoder(nn.Module):
         return chosen if intermediates_only else (last, chosen)
 
 
-def _create(name: str, pretrained: bool, **settings: Any) -> Encoder:
-    feature_cfg = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
-    return build_model_with_cfg(Encoder, name, pretrained, feature_cfg=feature_cfg, **settings)
+def _register(name: str, fields: dict[str, Any]) -> None:
+    """Enter a model under its name: timm takes functions, and their names."""
+
+    def create(pretrained: bool = False, **settings: Any) -> Encoder:
+        feature_cfg = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
+        given = {**fields, **settings}
+        return build_model_with_cfg(Encoder, name, pretrained, feature_cfg=feature_cfg, **given)
+
+    create.__name__ = name
+    register_model(create)
 
 
-@register_model
-def bevt_swin_base(pretrained: bool = False, **settings: Any) -> Encoder:
-    """Swin-B for clips, window (8, 7, 7): BEVT's pretraining and Kinetics-400."""
-    return _create("bevt_swin_base", pretrained, **settings)
-
-
-@register_model
-def bevt_swin_base_window16(pretrained: bool = False, **settings: Any) -> Encoder:
-    """Swin-B for clips, window (16, 7, 7): BEVT on Something-Something-V2."""
-    return _create("bevt_swin_base_window16", pretrained, **{"window": (16, 7, 7)} | settings)
-
-
-@register_model
-def bevt_swin_base_image(pretrained: bool = False, **settings: Any) -> Encoder:
-    """Swin-B for pictures, with the bias tables of window (8, 7, 7): BEVT's image stream."""
-    return _create("bevt_swin_base_image", pretrained, **{"image": True} | settings)
-
-
-@register_model
-def bevt_lesson(pretrained: bool = False, **settings: Any) -> Encoder:
-    """The lesson presets' encoder for clips."""
-    return _create("bevt_lesson", pretrained, **LESSON | settings)
-
-
-@register_model
-def bevt_lesson_image(pretrained: bool = False, **settings: Any) -> Encoder:
-    """The lesson presets' encoder for pictures."""
-    return _create("bevt_lesson_image", pretrained, **LESSON | {"image": True} | settings)
+default_cfgs = generate_default_cfgs({
+    f"{name}.none": {"input_size": (3, side, side), "first_conv": "patch_embed.proj",
+                     "classifier": "head"}
+    for name, (side, _) in MODELS.items()
+})  # fmt: skip
+for _name, (_, _fields) in MODELS.items():
+    _register(_name, _fields)
