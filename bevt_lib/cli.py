@@ -14,7 +14,6 @@ import sys
 import textwrap
 import typing
 from collections.abc import Callable, Iterable, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +44,12 @@ def choose(presets: dict[str, Callable[[], Any]], arguments: Sequence[str], comm
         print("\nPRESET --help explains a preset and its fields")
         raise SystemExit(0 if words else 2)
     name = "" if words[0].startswith("-") else words.pop(0)
-    values = take_config(words)
-    name = name or str(values.get("name", ""))
+    values, unused = take_config(words), UNUSED.get(command, ())
+    name = name or as_text(values.get("name", ""))
     if name not in presets:
         hint = nearest(name, presets, f"choose from {', '.join(presets)}")
         raise ValueError(f"unknown preset {name!r}: {hint}")
-    unused = UNUSED.get(command, ())
-    held = [f"{option(key)}={as_text(value)}"
-            for key, value in values.items() if not key.startswith(unused)]  # fmt: skip
+    held = [f"--{k}={as_text(v)}" for k, v in values.items() if not k.startswith(unused)]
     text = f"{presets[name].__doc__}{ABOUT_FILES}"
     return parse(presets[name](), held + words, f"{prog} {name}", text, unused)
 
@@ -70,23 +67,20 @@ def take_config(words: list[str]) -> dict[str, Any]:
     end = place + 1 + ("=" not in words[place])
     path = Path("=".join(words[place:end]).partition("=")[2])
     del words[place:end]
-    file = path / "config.json" if path.is_dir() else path
-    text = file.read_text(encoding="utf-8", errors="replace")
+    path = path / "config.json" if path.is_dir() else path
+    text = path.read_text(encoding="utf-8", errors="replace")
     try:
         found = json.loads(text[text.rfind("\n{") + 1 :])  # above it a dry run prints its plan
         return {RENAMED.get(k, k): v for k, v in found.items() if not k.startswith(RECORDED)}
     except (ValueError, AttributeError):
-        raise ValueError(f'{file} is not a valid JSON of {{"section.field": value}}') from None
+        raise ValueError(f'{path} is not a valid JSON of {{"section.field": value}}') from None
 
 
 def with_recipe(plan: str, recipe: Any) -> str:
     """Give what a dry run prints: the plan, an empty line, and the recipe as JSON for --config."""
-    fields = {
-        key: int(value) if isinstance(value, float) and value.is_integer() else value
-        for key, value in flatten(recipe).items()
-        if key != "run.dry_run"
-    }
-    return f"{plan}\n\n{json.dumps(fields, indent=1)}"
+    fields = {key: value for key, value in flatten(recipe).items() if key != "run.dry_run"}
+    text = re.sub(r"\.0(?=,?\n)", "", json.dumps(fields, indent=1))  # 100 and 100.0 look the same
+    return f"{plan}\n\n{text}"
 
 
 def parse(
@@ -153,14 +147,13 @@ def reading_rules(recipe: Any, unused: tuple[str, ...]) -> Any:
         )  # fmt: skip
 
     shown, suppress = {}, typing.cast(Any, conf.Suppress)
-    sections = {"": recipe, **{f"{k}.": v for k, v in vars(recipe).items()}} if recipe else {}
-    for start, part in sections.items():
+    for name, part in {"": recipe, **vars(recipe)}.items() if unused else ():
         if dataclasses.is_dataclass(part):
-            info = c.StructTypeInfo.make(type(part), part, in_union_context=False)
-            spec: Any = registry.get_struct_spec(info)
+            spec: Any = registry.get_struct_spec(c.StructTypeInfo.make(type(part), part, False))
             shown[type(part)] = dataclasses.replace(spec, fields=tuple(
                 dataclasses.replace(f, type=suppress[f.type])
-                if (start + f.name).startswith(unused) else f for f in spec.fields))  # fmt: skip
+                if f"{name}.{f.name}".strip(".").startswith(unused) else f
+                for f in spec.fields))  # fmt: skip
     rules.struct_rule(lambda info: shown.get(info.type))
     return rules
 
@@ -169,17 +162,17 @@ def one_line(event: Any, words: Sequence[str], known: list[str], unused: tuple[s
     """Say in one line what tyro found wrong with words."""
     from tyro import _errors as found
 
-    starts = [i for i, word in enumerate(words) if word.startswith("--")] + [len(words)]
-    typed = {field_of(words[a]): " ".join(words[a:b]) for a, b in pairwise(starts)}
+    options = re.findall(r"--\w.*?(?= --\w|$)", " ".join(words))
+    typed = {field_of(text.split()[0]): text for text in options}
     match event:
-        case found.UnrecognizedArgs(tokens=[word, *_]) if not word.startswith("-"):
-            return f"unexpected argument {word!r}: see --help"
-        case found.UnrecognizedArgs(tokens=[word, *_]) if field_of(word) in known:
-            return f"{word.partition('=')[0]} means nothing to this command: leave it out"
         case found.UnrecognizedArgs(tokens=[word, *_]):
             flag = word.partition("=")[0]
-            options = [option(field) for field in known if not field.startswith(unused)]
-            return f"unknown option {flag}: {nearest(flag, options, 'see --help')}"
+            if not word.startswith("-"):
+                return f"unexpected argument {word!r}: see --help"
+            if field_of(word) in known:
+                return f"{flag} means nothing to this command: leave it out"
+            known = [option(field) for field in known if not field.startswith(unused)]
+            return f"unknown option {flag}: {nearest(flag, known, 'see --help')}"
         case found.MissingArgs(missing_arguments=places):
             return f"missing {' and '.join(str(p.arg.lowered.metavar) for p in places)}: see --help"
         case found.InstantiationFailure(argument=None, message=message):
