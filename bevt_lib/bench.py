@@ -7,11 +7,10 @@ pictures (JPEG, 500x375). Beside this loader stand plain loops of decord and PyA
 same frames; all take turns, one thread a process.
 """
 
-import argparse
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from multiprocessing import Pool
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from PIL import Image
 from bevt_lib import parts, pretrain
 from bevt_lib.base.config import Finetune, Pretrain
 from bevt_lib.base.files import data_folder
-from bevt_lib.cli import run_command
+from bevt_lib.cli import parse, run_command
 from bevt_lib.datasets import sources
 from bevt_lib.datasets.augment import one_thread
 from bevt_lib.datasets.items import LabelledClips, PretrainClips
@@ -40,21 +39,22 @@ FILMS = 4
 Rates = dict[str, float]  # items a second of one process, by what does it
 
 
+@dataclass
+class Options:
+    """What the command line says."""
+
+    list: str = ""  # your own list of videos; empty: rendered ones
+    root: str = "."  # folder of that list's files
+    rate: float = 0.0  # clips a second that one GPU trains; 0: what scoring.cost assumes
+    processes: int = 1  # processes at the same time
+    rounds: int = 5  # turns of each; medians are printed
+    clips: int = 8  # clips a turn
+
+
 def main(arguments: list[str]) -> None:
     """Read the command line, render, measure, print."""
-    parser = argparse.ArgumentParser(prog="python -m bevt_lib.bench", exit_on_error=False)
-    parser.add_argument("--list", help="your own list of videos instead of rendered ones")
-    parser.add_argument("--root", default=".", help="folder of that list's files")
-    parser.add_argument("--rate", type=float, help="clips a second that one GPU trains; default: "
-                        f"what bevt_lib.scoring.cost assumes of an {cost.GPU}")  # fmt: skip
-    parser.add_argument("--processes", type=int, default=1, help="processes at the same time")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each; medians are printed")
-    parser.add_argument("--clips", type=int, default=8, help="clips a turn")
-    try:
-        given = parser.parse_args(arguments)
-    except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from None
-    if min(given.processes, given.rounds, given.clips) < 1 or (given.rate or 1) <= 0:
+    given = parse(Options, arguments, "python -m bevt_lib.bench", __doc__ or "")
+    if min(given.processes, given.rounds, given.clips) < 1 or given.rate < 0:
         raise ValueError("--processes, --rounds, --clips and --rate are more than 0")
     with tempfile.TemporaryDirectory() as folder:
         films = (Path(given.list), Path(given.root)) if given.list else render(Path(folder))
@@ -71,7 +71,7 @@ def main(arguments: list[str]) -> None:
                 with Pool(given.processes) as pool:
                     rates = pool.starmap(measure, jobs)
             mean = {name: float(np.mean([r[name] for r in rates])) for name in rates[0]}
-            print(report(recipe, mean, given.rate), flush=True)
+            print(report(recipe, mean, given.rate or None), flush=True)
 
 
 def render(folder: Path) -> tuple[Path, Path]:

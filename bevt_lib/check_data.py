@@ -6,7 +6,6 @@ Training leaves out what ``--data.checked REPORT`` calls bad. Exit status: 0 all
 nothing could be checked.
 """
 
-import argparse
 import json
 import os
 import signal
@@ -14,32 +13,35 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from multiprocessing import Pipe, Process
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from tqdm import tqdm
 
-from bevt_lib.cli import run_command
+from bevt_lib.cli import parse, run_command
 from bevt_lib.datasets.lists import PICTURES, Record, read_entries, read_image_folder, read_report
 from bevt_lib.datasets.video import BadFile, Video, read_image
 
 SHOWN = 20  # bad files printed; the report holds all
 
 
+@dataclass
+class Options:
+    """What the command line says."""
+
+    list: Path  # a list, or a folder of pictures
+    root: Path = Path()  # folder of the list's files
+    report: str = ""  # where the results go; empty: LIST.checked.jsonl
+    workers: int = field(default_factory=lambda: os.cpu_count() or 1)  # processes
+    timeout: float = 60.0  # seconds for one file
+    again: bool = False  # check the bad ones again
+
+
 def main(arguments: list[str]) -> None:
     """Read the command line, check what the report doesn't hold yet, and sum up."""
-    parser = argparse.ArgumentParser(prog="python -m bevt_lib.check_data", exit_on_error=False)
-    parser.add_argument("list", type=Path, metavar="LIST", help="a list, or a folder of pictures")
-    parser.add_argument("--root", type=Path, default=Path(), help="folder of the list's files")
-    parser.add_argument("--report", type=Path, help="default: LIST.checked.jsonl")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
-    parser.add_argument("--timeout", type=float, default=60, help="seconds for one file")
-    parser.add_argument("--again", action="store_true", help="check the bad ones again")
-    try:
-        given = parser.parse_args(arguments)
-    except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from None
+    given = parse(Options, arguments, "python -m bevt_lib.check_data", __doc__ or "")
     if given.workers < 1 or given.timeout <= 0:
         raise ValueError("--workers is 1 or more, --timeout more than 0 seconds")
     if given.list.is_dir():
@@ -47,7 +49,7 @@ def main(arguments: list[str]) -> None:
     else:
         root, entries = given.root, read_entries(given.list, given.root, labelled=False)
     paths = {name_under(root, entry.path): entry.path for entry in entries}
-    report = given.report or given.list.with_name(f"{given.list.name}.checked.jsonl")
+    report = Path(given.report or given.list.with_name(f"{given.list.name}.checked.jsonl"))
     records = read_report(report) if report.exists() else {}
     left = [n for n in paths if n not in records or (given.again and not records[n].ok)]
     done = len(paths) - len(left)

@@ -6,32 +6,35 @@ swin3d, or this kit's file or folder. OUT: a model folder of ours (``model.safet
 table of what was taken, what was left out, and why.
 """
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import load_file
 
-from bevt_lib.cli import run_command
+from bevt_lib.cli import parse, run_command
 from bevt_lib.model.bevt import BEVT
 from bevt_lib.model.classifier import Classifier
-from bevt_lib.weights.formats import NAMES, Recognised, architecture, export
+from bevt_lib.weights.formats import Recognised, architecture, export
 from bevt_lib.weights.load import Report, load_strict, read_checkpoint, save_weights
 
 TOKENIZER_FILE = "tokenizer_encoder.safetensors"  # beside model.safetensors, where a file holds one
 
 
+@dataclass
+class Options:
+    """What the command line says."""
+
+    file: Path  # a checkpoint file or a folder
+    out: Path  # a folder, .safetensors or .pth
+    to: Literal["ours", "bevt", "torchvision", "timm", "swin"] = "ours"  # whose names
+
+
 def main(arguments: list[str]) -> None:
     """Read the command line, convert, and print the table."""
-    parser = argparse.ArgumentParser(prog="python -m bevt_lib.convert_weights", exit_on_error=False)
-    parser.add_argument("source", type=Path, metavar="FILE", help="a checkpoint file or a folder")
-    parser.add_argument("target", type=Path, metavar="OUT", help="a folder, .safetensors or .pth")
-    parser.add_argument("--to", choices=["ours", *NAMES], default="ours", help="whose names")
-    try:
-        given = parser.parse_args(arguments)
-    except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from None
-    print(convert(given.source, given.target, given.to))
+    given = parse(Options, arguments, "python -m bevt_lib.convert_weights", __doc__ or "")
+    print(convert(given.file, given.out, given.to))
 
 
 def convert(source: Path, target: Path, format: str = "ours") -> str:

@@ -20,7 +20,7 @@ import torch
 
 from bevt_lib.base import distributed
 from bevt_lib.base.config import Finetune, run_folder
-from bevt_lib.cli import choose, run_command
+from bevt_lib.cli import choose, run_command, with_recipe
 from bevt_lib.datasets import synthetic
 from bevt_lib.datasets.synthetic import CLASSES
 from bevt_lib.parts import build_classifier
@@ -37,7 +37,7 @@ LISTED = 20  # unreadable videos named on the screen; the file names all
 class Evaluate(Finetune):
     """A fine-tuning recipe, and what to do with its result."""
 
-    split: str = "test"  # of the embedded clips; names the file of scores
+    split: str = "test"  # val, test or test_unseen of the embedded clips; names the scores' file
     allow_missing: bool = False  # give a figure although some videos can't be read
 
 
@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> None:
     """Read the command line, then plan or evaluate."""
     recipe = choose(PRESETS, arguments, "evaluate")
     if recipe.run.dry_run:
-        print(plan(recipe))
+        print(with_recipe(plan(recipe), recipe))
         return
     with distributed.world():
         result, file = evaluate(recipe)

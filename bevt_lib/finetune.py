@@ -19,7 +19,7 @@ from bevt_lib.base import distributed
 from bevt_lib.base.config import Finetune, flatten, run_folder
 from bevt_lib.base.seeds import Stream
 from bevt_lib.base.trainable import Batch
-from bevt_lib.cli import choose, run_command
+from bevt_lib.cli import choose, run_command, with_recipe
 from bevt_lib.datasets import synthetic
 from bevt_lib.datasets.items import Positions
 from bevt_lib.datasets.sources import labelled_items
@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> None:
     """Read the command line, then plan or train and test."""
     recipe = choose(FINETUNE, arguments, "finetune")
     if recipe.run.dry_run:
-        print(plan(recipe))
+        print(with_recipe(plan(recipe), recipe))
         return
     with distributed.world():
         model, history, steps = train_of(recipe)

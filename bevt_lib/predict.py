@@ -4,7 +4,7 @@ FOLDER is a model folder (``RUN/model``, or what convert_weights wrote) of a cla
 the classes, or of a pretraining model, which names the tokens of a hidden tube.
 """
 
-import argparse
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +15,7 @@ import torch
 from bevt_lib.base import distributed
 from bevt_lib.base.config import ClipSpec
 from bevt_lib.base.trainable import collate
-from bevt_lib.cli import run_command
+from bevt_lib.cli import parse, run_command
 from bevt_lib.datasets.items import LabelledClips, PretrainClips
 from bevt_lib.datasets.lists import Entry
 from bevt_lib.datasets.sources import hide_tubes
@@ -31,17 +31,19 @@ from bevt_lib.weights.load import load_model
 TUBE = (0.5, 1.0)  # of the clip's time steps; released
 
 
+@dataclass
+class Options:
+    """What the command line says."""
+
+    folder: Path  # a model folder
+    video: Path  # a video file
+    top: int = 5  # classes printed
+    tokens: str = ""  # tokenizer file; empty: the shipped one
+
+
 def main(arguments: list[str]) -> None:
     """Read the command line and print what the model says."""
-    parser = argparse.ArgumentParser(prog="python -m bevt_lib.predict", exit_on_error=False)
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a model folder")
-    parser.add_argument("video", type=Path, metavar="VIDEO", help="a video file")
-    parser.add_argument("--top", type=int, default=5, help="classes printed")
-    parser.add_argument("--tokens", type=Path, help="tokenizer file; default: the shipped one")
-    try:
-        given = parser.parse_args(arguments)
-    except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from None
+    given = parse(Options, arguments, "python -m bevt_lib.predict", __doc__ or "")
     model = load_model(given.folder).to(distributed.device())
     if isinstance(model, Classifier):
         for name, probability in classify(model, given.video)[: given.top]:

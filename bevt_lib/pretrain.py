@@ -8,7 +8,7 @@ import torch
 from bevt_lib.base import distributed
 from bevt_lib.base.config import Pretrain, flatten, run_folder
 from bevt_lib.base.seeds import Stream
-from bevt_lib.cli import choose, run_command
+from bevt_lib.cli import choose, run_command, with_recipe
 from bevt_lib.datasets import synthetic
 from bevt_lib.datasets.items import Positions
 from bevt_lib.datasets.sources import pretraining_items
@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> None:
     """Read the command line, then plan or train."""
     recipe = choose(PRETRAIN, arguments, "pretrain")
     if recipe.run.dry_run:
-        print(plan(recipe))
+        print(with_recipe(plan(recipe), recipe))
         return
     with distributed.world():
         model, history = train(recipe)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bevt_lib.base import distributed
 from bevt_lib.base.files import data_folder
-from bevt_lib.cli import run_command
+from bevt_lib.cli import parse, run_command
 from bevt_lib.datasets import sources
 from bevt_lib.presets import lesson_image
 from bevt_lib.tokenizers.base import CHUNK, psnr, to_unit, usage
@@ -170,16 +170,19 @@ def write(table: Mapping[str, Score]) -> str:
     return "\n".join(row.rstrip() for row in rows)
 
 
+@dataclass
+class Options:
+    """What the command line says."""
+
+    files: tuple[str, ...]  # NAME=FILE of each tokenizer; none: the shipped ones
+    json: str = ""  # file to write the table into, too
+
+
 def main(arguments: list[str]) -> None:
     """Read the command line, print the table."""
-    given = list(arguments)
-    target = ""
-    if "--json" in given:
-        place = given.index("--json")
-        target = (given[place + 1 : place + 2] or [""])[0]
-        del given[place : place + 2]
-    pairs = [argument.partition("=") for argument in given]
-    if any(not path for _, _, path in pairs) or ("--json" in arguments and not target):
+    given = parse(Options, arguments, "python -m bevt_lib.tokenizer_scores", __doc__ or "")
+    pairs = [word.partition("=") for word in given.files]
+    if not all(path for _, _, path in pairs):
         raise ValueError("usage: python -m bevt_lib.tokenizer_scores [NAME=FILE ...] [--json FILE]")
     if not (find_spec("sklearn") and find_spec("skimage")):
         raise ValueError("scores need scikit-learn and scikit-image: pip install -e '.[scores]'")
@@ -188,9 +191,9 @@ def main(arguments: list[str]) -> None:
     networks = {n: PerceptualDistance(n, side=NETWORK_SIDE).to(device) for n in NETWORKS}
     table = compare({n: Path(path) for n, _, path in pairs} or shipped, networks)
     print(write(table))
-    if target:
+    if given.json:
         rows = {name: asdict(score) for name, score in table.items()}
-        Path(target).write_text(json.dumps(rows, indent=1) + "\n")
+        Path(given.json).write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from bevt_lib.base import distributed, files
 from bevt_lib.base.config import Optim, TrainPeco, TrainTokenizer, flatten, run_folder
 from bevt_lib.base.seeds import Purpose, Stream, seeded_globals, torch_generator
 from bevt_lib.base.trainable import Batch
-from bevt_lib.cli import choose, run_command
+from bevt_lib.cli import choose, run_command, with_recipe
 from bevt_lib.datasets import synthetic
 from bevt_lib.datasets.items import Pictures, Positions
 from bevt_lib.datasets.lists import Entry, read_image_folder
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> None:
     """Read the command line, then plan or train."""
     recipe = choose(TRAIN_TOKENIZER, arguments, "train_tokenizer")
     if recipe.run.dry_run:
-        print(plan(recipe))
+        print(with_recipe(plan(recipe), recipe))
         return
     with distributed.world():
         model, history = train(recipe)

@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import pytest
-from test_doors import run
+from test_cli import run
 
 from bevt_lib import bench
 from bevt_lib.cli import override

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
-from test_doors import run
+from test_cli import run
 
 from bevt_lib import evaluate, finetune, parts
 from bevt_lib.base import distributed, files

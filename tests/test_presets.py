@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_doors import run
+from test_cli import run
 
 from bevt_lib import parts, pretrain
 from bevt_lib.base.config import flatten

@@ -11,7 +11,7 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
-from test_doors import run
+from test_cli import run
 
 from bevt_lib import bench, check_data
 from bevt_lib.base import files

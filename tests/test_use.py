@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from test_doors import run
+from test_cli import run
 
 from bevt_lib.datasets import synthetic
 from bevt_lib.model.bevt import BEVT

@@ -1,7 +1,8 @@
-"""Configuration: frozen dataclasses, command-line overrides, and errors that name the fix.
+"""Configuration: frozen dataclasses, and errors that name the fix.
 
 A recipe is a value. Batch sizes are *global*: what one optimiser step sees, whatever the number of
-processes. Config stops at the doors; the library's classes take plain arguments.
+processes. Config stops at the commands; the library's classes take plain arguments. The comment
+beside a field, or above it where it is long, is the field's text in ``PRESET --help``.
 """
 
 import dataclasses
@@ -13,15 +14,15 @@ from typing import Any
 class Model:
     """Architecture of Video Swin; defaults are Swin-B as released."""
 
-    embed_dim: int = 128
-    depths: tuple[int, ...] = (2, 2, 18, 2)
-    num_heads: tuple[int, ...] = (4, 8, 16, 32)
-    window: tuple[int, int, int] = (8, 7, 7)
-    patch: tuple[int, int, int] = (2, 4, 4)
+    embed_dim: int = 128  # channels of stage 1; they double with each stage
+    depths: tuple[int, ...] = (2, 2, 18, 2)  # blocks of each stage
+    num_heads: tuple[int, ...] = (4, 8, 16, 32)  # attention heads of each stage
+    window: tuple[int, int, int] = (8, 7, 7)  # attention window: time steps, height, width in cells
+    patch: tuple[int, int, int] = (2, 4, 4)  # one cell of stage 1: frames, height, width in pixels
     patch_norm: bool = True  # a norm after the patch embedding
-    drop_path: float = 0.3
-    released_quirks: bool = False  # True: reproduce the released code's quirks (swin.window_plan)
-    linear_std: float = 0.02  # 0: 1 / sqrt(fan-in)
+    drop_path: float = 0.3  # stochastic depth: share of items for which the last block is skipped
+    released_quirks: bool = False  # true: reproduce the released code's quirks (swin.window_plan)
+    linear_std: float = 0.02  # standard deviation of a linear layer's start; 0: 1 / sqrt(fan-in)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,24 +42,26 @@ class ClipSpec:
 class Data:
     """What is read. Empty paths mean the embedded clips and pictures."""
 
-    frames: int = 16
+    frames: int = 16  # frames of a clip
     interval: int = 8  # frames between two sampled ones
-    size: int = 224  # side of the crop, pixels
-    short: tuple[int, int] = (256, 320)  # the short side is resized to a random integer in here
-    jitter: float = 0.0  # colour jitter of images
-    video_list: str = ""  # `path label` a line, or the official list of a set: see lists.py
-    video_root: str = ""
-    image_root: str = ""
+    size: int = 224  # side of the square crop, pixels
+    short: tuple[int, int] = (256, 320)  # the short side after resizing, drawn, pixels: from, to
+    jitter: float = 0.0  # images' brightness, contrast, saturation change by up to this share
+    # list of the training videos: `path label` a line, or the official list of a data set as
+    # data/README.md says; empty: the embedded clips
+    video_list: str = ""
+    video_root: str = ""  # folder of the videos that the lists name; empty: here
+    image_root: str = ""  # folder of class folders of training pictures; empty: the embedded ones
     image_list: str = ""  # `path label` a line under image_root; empty: all of its class folders
-    val_list: str = ""
+    val_list: str = ""  # list of the validation and test videos; empty: the embedded clips
     class_list: str = ""  # labels.json of Something-Something, or class names in order
     checked: tuple[str, ...] = ()  # reports of check_data: what they call bad is left out
-    bad_share: float = 0.01  # stop where more of the items seen had to be replaced
+    bad_share: float = 0.01  # stop where more of the items seen had to be replaced: 0 to 1
     decoder: str = "auto"  # of videos: pyav, decord; auto: pyav, the faster in bench
     embedded: bool = True  # embedded clips and pictures stand in where no list or root is given
     timeout: float = 60.0  # seconds after which reading a file is given up; 0: never
     workers: int = 1  # loader processes per stream and process
-    expected_items: int = 0  # size of the first stream's data set, for the plan of a run
+    expected_items: int = 0  # items in the first stream's data set, for the plan of a run
 
     def __post_init__(self) -> None:
         if not 0 <= self.bad_share <= 1 or self.timeout < 0:
@@ -80,8 +83,8 @@ class Tokens:
     """
 
     weights: str = ""  # file, or folder of OpenAI's two; empty: the shipped lesson tokenizer
-    vocab_size: int = 8192
-    factor: int = 8  # pixels of the tokenizer's view per token
+    vocab_size: int = 8192  # token ids
+    factor: int = 8  # side of a token in the tokenizer's input, pixels
     fp16: bool = False  # half precision on CUDA, as in DALL-E's own code; changes some ids
 
 
@@ -89,8 +92,8 @@ class Tokens:
 class Masking:
     """How much is hidden: share of the grid (block masks) and of the time (tubes)."""
 
-    share: float = 0.5  # of the cells of one frame's grid
-    tube: tuple[float, float] = (0.5, 1.0)  # of the clip's time steps
+    share: float = 0.5  # share of one frame's grid that is hidden, 0 to 1
+    tube: tuple[float, float] = (0.5, 1.0)  # a tube's length, share of the time steps: from, to
 
     def target(self, grid: tuple[int, int]) -> int:
         """Give the number of cells to hide on a (height, width) grid; half by default."""
@@ -101,28 +104,30 @@ class Masking:
 class Optim:
     """AdamW, cosine to zero, linear warm-up. One of ``steps`` and ``epochs`` gives the length."""
 
-    lr: float
-    weight_decay: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.999)
+    lr: float  # learning rate at the end of the warm-up
+    weight_decay: float = 0.05  # AdamW's, per step and times the rate
+    betas: tuple[float, float] = (0.9, 0.999)  # AdamW's: share of the old mean and square kept
     clips: int = 0  # global batch: clips per optimiser step
     images: int = 0  # global batch: images (or pictures) per optimiser step
-    steps: int = 0
-    epochs: float = 0.0  # of the first stream's data set
+    steps: int = 0  # length of the run in optimiser steps; 0: epochs says
+    epochs: float = 0.0  # length in epochs of the first stream's data set; 0: steps says
     warmup: float = 0.0  # in the same unit as the length: steps or epochs
     warmup_start: float = 0.1  # share of the regular rate at step 0
-    restarts: tuple[tuple[int, float], ...] = ()  # further cosines: (extra steps, share of lr)
-    cosine: bool = True  # False: constant after warm-up
-    cosine_steps: int = 0  # length of the cosine, then its last rate is held; 0: the whole run
+    restarts: tuple[tuple[int, float], ...] = ()  # cosines after it: [[steps, share of lr], ...]
+    cosine: bool = True  # false: constant after warm-up
+    # length of the cosine in steps, then its last rate is held; 0: the whole run
+    cosine_steps: int = 0
     last_share: float = 0.0  # share of lr at which the cosine ends
-    stairs: bool = False  # True: the cosine moves per epoch, not per step
-    clip_norm: float = 0.0  # L2 norm of all gradients; 0: no clipping
-    rules: tuple[tuple[str, float, float], ...] = ()  # (name part, lr factor, decay factor)
+    stairs: bool = False  # true: the cosine moves per epoch, not per step
+    clip_norm: float = 0.0  # largest L2 norm of all gradients; 0: no clipping
+    # parameters of another rate or decay: [[part of the name, factor of lr, factor of decay], ...]
+    rules: tuple[tuple[str, float, float], ...] = ()
     loss_weights: tuple[float, float] = (1.0, 1.0)  # of the video and the image stream
     ema: float = 0.0  # share of the new weights taken into the average after each step; 0: none
 
     def __post_init__(self) -> None:
         if bool(self.steps) == bool(self.epochs):
-            raise ValueError("give the length either as optim.steps or as optim.epochs")
+            raise ValueError("give the length as optim.steps or optim.epochs, 0 for the other")
         if self.lr <= 0:
             raise ValueError(f"optim.lr must be positive, got {self.lr}")
         if self.clips + self.images < 1:
@@ -136,21 +141,22 @@ PRECISIONS = ("auto", "bf16", "fp16", "fp32", "fp64")
 class Run:
     """How this machine runs a recipe. Only the seed changes what is computed, but for rounding."""
 
-    folder: str = ""  # empty: runs/<preset>
-    seed: int = 0
-    init: str = ""  # weights to start from
-    stop_after: int = 0  # stop after this many steps; the schedule stays as it is
+    folder: str = ""  # the run's folder, continued if it holds a run; empty: runs/<preset>
+    seed: int = 0  # of weights, order, crops, masks and all other draws
+    init: str = ""  # file or folder of weights: to start from, or to evaluate
+    stop_after: int = 0  # stop after this many steps, the schedule unchanged; 0: at the end
     save_every: int = 100  # steps between checkpoints
-    keep: int = 2  # checkpoints kept
-    micro_batch: int = 0  # items of the first stream per forward and process; 0: as many as fit
+    keep: int = 2  # checkpoints kept, the latest ones
+    micro_batch: int = 0  # first stream's items per forward pass of a process; 0: its whole share
     threads: int = 0  # torch threads of a CPU process; 0: PyTorch's choice
-    test_clips: int = 0  # clips tested after fine-tuning; 0: all
-    precision: str = "auto"  # bf16 | fp16 | fp32 | fp64; auto: see update.choose_precision
+    test_clips: int = 0  # clips tested, the first ones of the list; 0: all
+    # bf16, fp16, fp32 or fp64; auto: fp32 on a CPU, on a GPU bf16, or fp16 where it lacks bf16
+    precision: str = "auto"
     checkpoint_activations: bool = False  # less memory for about a third more work, the same bits
     compile: bool = False  # torch.compile of the blocks: minutes at the start, equal to rounding
-    deterministic: bool = False  # the same bits in every run on CUDA, slower: be_deterministic
-    dry_run: bool = False  # print the plan and stop
-    processes: int = 0  # processes to plan for in a dry run; 0: those of this world
+    deterministic: bool = False  # the same bits in every run on CUDA, but slower
+    dry_run: bool = False  # print the plan and the recipe, and stop
+    processes: int = 0  # processes to plan for in a dry run; 0: those of this command
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -164,8 +170,8 @@ class Run:
 class Pretrain:
     """Image-stream or joint pretraining."""
 
-    name: str
-    streams: tuple[str, ...]
+    name: str  # of the recipe; runs/<name> is the run's folder by default
+    streams: tuple[str, ...]  # video, image or both; the first one's items make epochs
     model: Model
     data: Data
     tokens: Tokens
@@ -174,33 +180,34 @@ class Pretrain:
     run: Run = field(default_factory=Run)
     keep_token_head: bool = False  # the start's token head is kept; the released code starts fresh
     default_init: str = ""  # weights under data/ to start from when run.init is empty
-    needs_init: bool = False
+    needs_init: bool = False  # true: refuse to start from random weights
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finetune:
     """Supervised recognition of what or how."""
 
-    name: str
-    task: str
-    num_classes: int
+    name: str  # of the recipe; runs/<name> is the run's folder by default
+    task: str  # what or how: those labels of the embedded clips; another name: your lists' labels
+    num_classes: int  # classes of the lists, numbered from 0
     model: Model
     data: Data
     optim: Optim
-    smoothing: float = 0.0
-    dropout: float = 0.0
-    flip: bool = True  # never for motions: left would become right
-    test_clips: int = 4  # views of a test clip in time
-    test_crops: int = 3  # and in space
+    smoothing: float = 0.0  # label smoothing: share of the target spread over all classes
+    dropout: float = 0.0  # share of the features dropped before the head
+    flip: bool = True  # mirror every second training clip; not for motions: left would become right
+    test_clips: int = 4  # views of a test video in time
+    test_crops: int = 3  # views of a test video in space
     views_at_once: int = 32  # views in one forward pass of a test, to bound memory
     val_epochs: float = 0.0  # epochs between two validations, by one view of each clip; 0: none
-    crop: str = "random_resized"  # or "random" (of the resized frame), for training
-    sampling: str = "dense"  # or "uniform": one frame of each of data.frames segments, no interval
-    rand_augment: tuple[int, int] = (0, 0)  # in training: operations, magnitude (0 to 30)
+    crop: str = "random_resized"  # in training: random_resized, or random of the resized frame
+    # frames read: dense, data.interval apart; or uniform, one of each of data.frames equal segments
+    sampling: str = "dense"
+    rand_augment: tuple[int, int] = (0, 0)  # RandAugment in training: operations, magnitude 0 to 30
     erasing: float = 0.0  # share of the training clips in which a box is erased
     antisymmetric: float = 0.0  # share of the 3D patch filters that start (+w, -w) in time
     run: Run = field(default_factory=Run)
-    default_init: str = ""
+    default_init: str = ""  # weights under data/ to start from when run.init is empty
 
     def __post_init__(self) -> None:
         operations, magnitude = self.rand_augment
@@ -222,20 +229,20 @@ class Finetune:
 class TrainTokenizer:
     """A dVAE by the Gumbel-softmax relaxation. Empty ``data.image_root``: the embedded pictures."""
 
-    name: str
+    name: str  # of the recipe; runs/<name> is the run's folder by default
     data: Data
     tokens: Tokens
     optim: Optim
-    hidden: int = 256  # DALL-E's n_hid
-    blocks: int = 2  # DALL-E's n_blk_per_group
-    temperature: tuple[float, float] = (1.0, 0.0625)  # start and end
-    temperature_steps: int = 0  # from start to end; 0: four fifths of optim.steps
-    kl_weight: tuple[float, float] = (0.0, 6.6)  # start and end
-    kl_steps: int = 0  # from start to end; 0: four fifths of optim.steps
-    balance_weight: float = 0.0  # of using all words alike; not in DALL-E
-    quick_start: bool = True  # ours, for short runs: k-means words, branches at full size
-    view: int = 0  # side of the tokenizer's view, pixels; 0: as BEVT shows it a crop of data.size
-    watch_every: int = 500  # steps between two looks at held-out pictures; 0: at the end only
+    hidden: int = 256  # channels of the first group of layers: DALL-E's n_hid
+    blocks: int = 2  # residual blocks in each group of layers: DALL-E's n_blk_per_group
+    temperature: tuple[float, float] = (1.0, 0.0625)  # of the Gumbel-softmax: start and end
+    temperature_steps: int = 0  # steps from start to end; 0: four fifths of optim.steps
+    kl_weight: tuple[float, float] = (0.0, 6.6)  # weight of the KL term in the loss: start and end
+    kl_steps: int = 0  # steps from start to end; 0: four fifths of optim.steps
+    balance_weight: float = 0.0  # weight of using all token ids equally often; not in DALL-E
+    quick_start: bool = True  # ours, for short runs: start codes by k-means, branches at full size
+    view: int = 0  # side of the tokenizer's input, pixels; 0: as BEVT makes it of a data.size crop
+    watch_every: int = 500  # steps between two scores on held-out pictures; 0: at the end only
     run: Run = field(default_factory=Run)
 
 
@@ -243,24 +250,43 @@ class TrainTokenizer:
 class TrainPeco:
     """A VQ-VAE with a perceptual loss. Empty ``data.image_root``: the embedded pictures."""
 
-    name: str
+    name: str  # of the recipe; runs/<name> is the run's folder by default
     data: Data
     tokens: Tokens
     optim: Optim
-    hidden: int = 128
+    hidden: int = 128  # channels at half the resolution; twice as many below
     blocks: int = 2  # residual blocks at each resolution
-    code_dim: int = 256
+    code_dim: int = 256  # numbers in a code
     perceptual: str = "tf_efficientnet_lite0"  # a timm model with features_only, or none
     perceptual_weights: str = ""  # its file; empty: of the two that come with weights
     perceptual_levels: tuple[int, ...] = ()  # timm's out_indices; empty: the model's own
-    perceptual_side: int = 0  # pictures are resized to this for it; 0: as the tokenizer sees them
-    perceptual_weight: float = 1.0
-    view: int = 0  # side of the tokenizer's view, pixels; 0: as BEVT shows it a crop of data.size
-    watch_every: int = 500  # steps between two looks at held-out pictures; 0: at the end only
+    # side to which pictures are resized for it, pixels; 0: as the tokenizer sees them
+    perceptual_side: int = 0
+    perceptual_weight: float = 1.0  # weight of the perceptual loss beside the pixels'
+    view: int = 0  # side of the tokenizer's input, pixels; 0: as BEVT makes it of a data.size crop
+    watch_every: int = 500  # steps between two scores on held-out pictures; 0: at the end only
     run: Run = field(default_factory=Run)
 
 
 Recipe = Pretrain | Finetune | TrainTokenizer | TrainPeco
+
+# Fields, by the beginnings of their names, that mean nothing to a command: not options of it.
+UNUSED = {
+    "pretrain": ("data.val_list", "data.class_list", "run.test_clips"),
+    "finetune": ("data.jitter", "data.image_", "optim.images", "optim.loss_weights"),
+    "evaluate": (
+        "data.jitter", "data.image_", "data.video_list", "data.bad_share", "data.expected_items",
+        "model.drop_path", "model.linear_std", "optim", "smoothing", "dropout", "flip",
+        "crop", "rand_augment", "erasing", "val_epochs", "antisymmetric", "default_init",
+        "run.stop_after", "run.save_every", "run.keep", "run.micro_batch", "run.precision",
+        "run.checkpoint_", "run.compile",
+    ),
+    "train_tokenizer": (
+        "data.frames", "data.interval", "data.jitter", "data.video_", "data.image_list",
+        "data.val_list", "data.class_list", "data.decoder", "tokens.weights", "tokens.fp16",
+        "optim.clips", "optim.loss_weights", "run.init", "run.test_clips",
+    ),
+}  # fmt: skip
 
 
 def flatten(recipe: Any, prefix: str = "") -> dict[str, Any]:
