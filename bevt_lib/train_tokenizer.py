@@ -12,14 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bevt_lib.base import distributed, files
+from bevt_lib.base import distributed
 from bevt_lib.base.config import TrainPeco, TrainTokenizer, flatten, run_folder
 from bevt_lib.base.seeds import Purpose, Stream, seeded_globals, torch_generator
 from bevt_lib.cli import choose, run_command
-from bevt_lib.datasets import synthetic
+from bevt_lib.datasets import sources
 from bevt_lib.datasets.items import Pictures, Positions
-from bevt_lib.datasets.lists import Entry, read_image_folder
-from bevt_lib.datasets.video import Video
+from bevt_lib.datasets.lists import Entry
 from bevt_lib.presets import TRAIN_TOKENIZER
 from bevt_lib.scoring import cost
 from bevt_lib.tokenizers.base import psnr, to_unit, usage
@@ -33,8 +32,6 @@ from bevt_lib.training.loop import Batch, Source
 from bevt_lib.training.optim import cycle_of, total_steps
 
 STRIDE = 16  # pixels of a picture per id: BEVT's grid
-FILM_STEP = 8  # every eighth film frame is a training picture
-PHOTO_REPEATS = 6  # photos are few beside the stills
 HELD_OUT = 64  # held-out pictures looked at while training
 SHOWN = 8  # of them in a strip
 START_PICTURES = 1024  # from which words and codes start, at most
@@ -65,36 +62,25 @@ def save(tokenizer: FrozenTokenizer, path: Path, dtype: torch.dtype = torch.floa
         save_tokenizer(tokenizer.encoder, tokenizer.decoder, path, dtype)
 
 
-def training_entries() -> list[Entry]:
-    """List the training pictures: stills, training-split photos, film frames (label = frame)."""
-    folder = synthetic.render()
-    photos = [Entry(path, 0) for path in synthetic.photo_splits()["train"]] * PHOTO_REPEATS
-    film = [
-        Entry(path, frame)
-        for path in sorted((files.data_folder() / "film").glob("*.mp4"))
-        for frame in range(0, len(Video(path)), FILM_STEP)
-    ]
-    return read_image_folder(folder / "images" / "train") + photos + film
+def split_entries(recipe: Recipe) -> tuple[list[Entry], list[Entry], str]:
+    """List (training pictures, HELD_OUT held-out ones), and say where they come from.
 
-
-def split_entries(recipe: Recipe) -> tuple[list[Entry], list[Entry]]:
-    """List (training pictures, HELD_OUT held-out ones).
-
-    Of one's own folder every n-th picture is held out; of the embedded data, validation stills.
+    Of one's own pictures every n-th is held out; of the embedded data, validation stills.
     """
-    if recipe.data.image_root:
-        own = read_image_folder(Path(recipe.data.image_root))
-        held = set(range(0, len(own), max(2, len(own) // HELD_OUT)))
-        return [e for i, e in enumerate(own) if i not in held], [own[i] for i in sorted(held)]
-    stills = read_image_folder(synthetic.render() / "images" / "val")
-    return training_entries(), stills[:: len(stills) // HELD_OUT]
+    entries, origin = sources.list_entries(recipe, "image")
+    if not sources.place_of(recipe, "image").own:
+        stills, _ = sources.list_entries(recipe, "image", "val")
+        return entries, stills[:: len(stills) // HELD_OUT], origin
+    held = set(range(0, len(entries), max(2, len(entries) // HELD_OUT)))
+    kept = [entry for i, entry in enumerate(entries) if i not in held]
+    return kept, [entries[i] for i in sorted(held)], f"{origin}; {len(held)} of them held out"
 
 
-def pictures_of(recipe: Recipe, entries: Sequence[Entry]) -> Pictures:
-    """Make the data set that gives the tokenizer's views of pictures."""
+def pictures_of(recipe: Recipe, entries: Sequence[Entry], origin: str = "") -> Pictures:
+    """Make the data set that gives the tokenizer's inputs."""
     d = recipe.data
-    view = recipe.view or d.size // STRIDE * recipe.tokens.factor
-    return Pictures(entries, size=d.size, short=d.short, input_size=view, seed=recipe.run.seed)
+    side = recipe.view or d.size // STRIDE * recipe.tokens.factor
+    return Pictures(entries, d.clip_spec(), input_size=side, **sources.reading(recipe, origin))
 
 
 def build_model(recipe: Recipe) -> DVAE | Peco:
@@ -152,13 +138,15 @@ def score_and_draw(tokenizer: FrozenTokenizer, views: Tensor, strip: Path) -> di
 
 def train(recipe: Recipe) -> tuple[DVAE | Peco, list[dict[str, float]]]:
     """Run a tokenizer recipe; return the model and the record, one dict per step."""
+    sources.check_sources(recipe)
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
     loop.be_deterministic(recipe.run.deterministic)
-    distributed.once_per_node(synthetic.render, needed=not recipe.data.image_root)
+    sources.render_embedded(recipe)
     d, seed, folder = recipe.data, recipe.run.seed, Path(run_folder(recipe))
-    entries, held = split_entries(recipe)
-    pictures = pictures_of(recipe, entries)
+    entries, held, origin = split_entries(recipe)
+    pictures = pictures_of(recipe, entries, origin)
+    sources.print_origins({"image": pictures})
     items = Positions(pictures, seed=seed, stream=Stream.IMAGE, workers=d.workers)
     steps = total_steps(recipe.optim, len(items))
     model = build_model(recipe)
@@ -203,7 +191,8 @@ def start_words(recipe: Recipe, model: DVAE | Peco, pictures: Pictures) -> None:
 
 
 def plan(recipe: Recipe) -> str:
-    """Describe a run before its first step: size, steps, cost; nothing is read."""
+    """Describe a run before its first step: size, steps, cost; only one's own list is read."""
+    recipe, data = sources.plan_sources(recipe)
     side = recipe.view or recipe.data.size // STRIDE * recipe.tokens.factor
     with torch.device("meta"):
         model = build_model(recipe)
@@ -226,7 +215,7 @@ def plan(recipe: Recipe) -> str:
     }  # fmt: skip
     if isinstance(recipe, TrainPeco):
         lines["perceptual"] = f"{recipe.perceptual}, weight {recipe.perceptual_weight}"
-    return cost.write(lines)
+    return cost.write(lines | data)
 
 
 if __name__ == "__main__":

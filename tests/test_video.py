@@ -121,7 +121,7 @@ def test_a_video_cut_off_in_its_middle_is_not_read_as_garbage(tmp_path):
 def test_bad_pictures_and_odd_sides_are_refused(tmp_path, clip):
     (tmp_path / "a.jpg").write_bytes(b"\xff\xd8 nothing")
     for name in ("a.jpg", "missing.jpg"):
-        with pytest.raises(ValueError, match="no readable picture"):
+        with pytest.raises(ValueError, match="not a readable picture"):
             read_image(tmp_path / name)
     with pytest.raises(ValueError, match="even sides"):
         write_video(tmp_path / "a.mp4", clip[:, :95])
@@ -423,7 +423,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, clip, monkeypatch):
     def fail(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(video.os, "replace", fail)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(KeyboardInterrupt):
         write_video(tmp_path / "a.mp4", clip[::-1])
     assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
@@ -441,7 +441,7 @@ def test_pictures_are_read_as_opencv_reads_them_and_cut_ones_refused(tmp_path, p
     capfd.readouterr()
     for share in (0.0, 0.1, 0.5, 0.95):
         path.write_bytes(content[: int(len(content) * share)])
-        with pytest.raises(ValueError, match="no readable picture") as error:
+        with pytest.raises(ValueError, match="not a readable picture") as error:
             read_image(path)
         assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
     assert capfd.readouterr().err == ""

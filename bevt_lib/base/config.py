@@ -36,6 +36,14 @@ class ClipSpec:
     clips: int = 1  # views in time
     crops: int = 1  # and in space
 
+    def __post_init__(self) -> None:
+        if self.sampling not in ("dense", "uniform"):
+            raise ValueError(f"sampling must be dense or uniform, got {self.sampling!r}")
+        if self.crops not in (1, 3):
+            raise ValueError(f"test crops must be 1 or 3, got {self.crops}")
+        if self.sampling == "uniform" and self.clips != 1:
+            raise ValueError(f"uniform sampling has 1 test clip, not {self.clips}: --test-clips 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
@@ -61,6 +69,8 @@ class Data:
     expected_items: int = 0  # size of the first stream's data set, for the plan of a run
 
     def __post_init__(self) -> None:
+        if self.decoder not in ("auto", "pyav", "decord"):
+            raise ValueError(f"data.decoder is auto, pyav or decord, got {self.decoder!r}")
         if not 0 <= self.bad_share <= 1 or self.timeout < 0:
             raise ValueError("bad_share is a share of the items, 0 to 1, timeout 0 or more seconds")
 

@@ -160,9 +160,9 @@ def erase_box(frames: np.ndarray, share: float, rng: np.random.Generator) -> np.
 
 
 def tokenizer_input(frames: np.ndarray, size: int) -> np.ndarray:
-    """Shrink a crop to the tokenizer's square view: OpenCV LANCZOS4, no antialiasing, as released.
+    """Shrink a crop to the tokenizer's square input: OpenCV LANCZOS4, no antialiasing, as released.
 
-    PIL's Lanczos gives other pixels, and so other ids.
+    PIL's Lanczos gives different pixels, and so different token ids.
     """
     return resize(frames, (size, size), "lanczos")
 
@@ -176,7 +176,7 @@ def pretraining_views(
     *,
     jitter: float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Make both views of one crop: pixels (T, size, size, 3), view (T, input_size, input_size, 3).
+    """Cut one crop: (T, size, size, 3), and the same for the tokenizer (input_size for size).
 
     The short side is resized (bicubic) to a random integer in ``short``, both included; then
     colour jitter, random crop, a flip in every second clip. Source: released pretraining configs.

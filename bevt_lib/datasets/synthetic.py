@@ -10,7 +10,6 @@ every single frame looks alike under all labels.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -23,10 +22,11 @@ import numpy as np
 from filelock import FileLock
 from tqdm.auto import tqdm
 
-from bevt_lib.base.files import data_folder
+from bevt_lib.base.files import data_folder, replace_file
 from bevt_lib.base.seeds import Purpose, numpy_generator
 from bevt_lib.datasets.video import write_video
 
+Write = Callable[[Path, int], None]  # an item of a number, into a folder
 KINDS = ("bird", "bug", "drink", "flower", "fruit", "house", "sign", "sweet")
 MOTIONS = ("left", "right", "up", "down", "approach", "recede", "clockwise", "anticlockwise")
 CLASSES = {"what": KINDS, "how": MOTIONS}  # of the two tasks
@@ -97,7 +97,7 @@ def _picture(path: Path) -> np.ndarray:
     """Read a picture as uint8 RGB or RGBA."""
     picture = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
     if picture is None:
-        raise ValueError(f"{path}: is no readable picture; restore the data folder from the clone")
+        raise ValueError(f"{path}: is not a readable picture; restore the clone's data folder")
     code = cv2.COLOR_BGRA2RGBA if picture.shape[2] == 4 else cv2.COLOR_BGR2RGB
     return cv2.cvtColor(picture, code)
 
@@ -225,13 +225,7 @@ def version() -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def _all(
-    pool: ProcessPoolExecutor,
-    write: Callable[[Path, int], None],
-    count: int,
-    place: Path,
-    name: str,
-) -> None:
+def _all(pool: ProcessPoolExecutor, write: Write, count: int, place: Path, name: str) -> None:
     """Write ``count`` items into a hidden folder and rename it when all are there."""
     part = place.with_name(f".{place.name}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -239,7 +233,7 @@ def _all(
     done: Iterable = pool.map(partial(write, part), range(count), chunksize=32)
     for _ in tqdm(done, total=count, desc=name, mininterval=1):
         pass
-    os.rename(part, place)
+    part.rename(place)
 
 
 def _write_clip(split: str, folder: Path, index: int) -> None:
@@ -254,15 +248,13 @@ def _write_still(split: str, folder: Path, index: int) -> None:
     place = folder / KINDS[what]
     place.mkdir(exist_ok=True)
     picture = cv2.cvtColor(render_clip(scene, 1)[0], cv2.COLOR_RGB2BGR)
-    cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 92])[1].tofile(
-        place / f"{index:05d}.jpg"
-    )
+    encoded = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 92])[1]
+    encoded.tofile(place / f"{index:05d}.jpg")
 
 
 def _write_lists(target: Path, split: str, count: int) -> None:
-    """Write the two lists of a split; the how list comes last and says that the split is whole."""
-    for task, which in (("what", 0), ("how", 1)):
+    """Write the two lists of a split; the how list comes last: it marks the split as complete."""
+    for which, task in enumerate(("what", "how")):
         lines = [f"clips/{split}/{i:05d}.mp4 {labels(split, i)[which]}\n" for i in range(count)]
-        part = target / f".{task}_{split}.part"
-        part.write_text("".join(lines))
-        os.replace(part, target / f"{task}_{split}.txt")
+        with replace_file(target / f"{task}_{split}.txt") as part:
+            part.write_text("".join(lines))
