@@ -158,8 +158,10 @@ def measure(recipe: Pretrain | Finetune, rounds: int, clips: int, process: int) 
         "this loader, decode": decode(read_frames),
     }
     expected = decode(read_frames)(first)
-    others = {"this loader by decord, decode": partial(read_frames, decoder="decord"),
-              "decord loop, decode": decord_loop, "PyAV loop, decode": pyav_loop}  # fmt: skip
+    others: dict[str, Callable[..., np.ndarray]] = {
+        "this loader by decord, decode": partial(read_frames, decoder="decord"),
+        "decord loop, decode": decord_loop, "PyAV loop, decode": pyav_loop,
+    }  # fmt: skip
     for name, read in others.items():
         try:
             same = np.array_equal(decode(read)(first), expected)

@@ -98,9 +98,9 @@ def check_sources(recipe: Recipe, splits: Sequence[str] = (), *, plan: bool = Fa
     fields = (*FIELDS["clip"], *FIELDS["image"], "checked")
     unused = ["--data." + f.replace("_", "-") for f in fields if getattr(d, f) and f not in used]
     if unused:
+        reads = "data of your own" if own else "the embedded data"
         raise ValueError(
-            f"{recipe.name} makes no use of {', '.join(unused)} here: leave it out, or give the "
-            "list of your own data that it belongs to"
+            f"{recipe.name} reads {reads} and doesn't use {', '.join(unused)}: leave it out"
         )
     missing = [
         place.flag + f" ({stream} stream)" * isinstance(recipe, Pretrain)
@@ -114,11 +114,11 @@ def check_sources(recipe: Recipe, splits: Sequence[str] = (), *, plan: bool = Fa
 
 
 def embedded_origin(recipe: Recipe, stream: str, split: str) -> str:
-    """Say what the embedded data hold of a split of a stream."""
-    if stream != "image":
-        return f"{CLIPS[split]:,} clips, embedded ({split} split)"
-    more = "" if isinstance(recipe, Pretrain) else ", and photos and film frames"
-    return f"{STILLS[split]:,} pictures{more}, embedded ({split} split)"
+    """Say how much the embedded data hold of a split of a stream."""
+    count = STILLS[split] if stream == "image" else CLIPS[split]
+    if split == "train" and not isinstance(recipe, Pretrain | Finetune):
+        count += len(photos_and_film_frames())
+    return f"{count:,} {UNITS[stream]}, embedded ({split} split)"
 
 
 def list_entries(recipe: Recipe, stream: str, split: str = "train") -> Listed:
@@ -134,7 +134,7 @@ def list_entries(recipe: Recipe, stream: str, split: str = "train") -> Listed:
         folder = synthetic.render()
         if stream == "image":
             entries = lists.read_image_folder(folder / "images" / split)
-            if split == "train" and not isinstance(recipe, Pretrain):
+            if split == "train" and not isinstance(recipe, Pretrain | Finetune):
                 entries += photos_and_film_frames()
         else:
             task = recipe.task if isinstance(recipe, Finetune) else "how"
@@ -183,19 +183,19 @@ def plan_sources(recipe: AnyRecipe, splits: Sequence[str] = ()) -> tuple[AnyReci
     lines: Lines = {}
     first = recipe
     for stream, split in parts_of(recipe, splits):
-        place = place_of(recipe, stream, split)
-        absent = [path for path in (place.path, place.root) if path and not Path(path).exists()]
+        place, size = place_of(recipe, stream, split), recipe.data.expected_items
+        paths = dict.fromkeys(path for path in (place.path, place.root) if path)
+        absent = " and ".join(path for path in paths if not Path(path).exists())
         if not place.own:
             text = embedded_origin(recipe, stream, split)
         elif place.path and not absent:
             entries, text = list_entries(recipe, stream, split)
-            if not lines:
-                data = replace(recipe.data, expected_items=len(entries))
-                first = replace(recipe, data=data)
+            if not lines and split == "train":
+                first = replace(recipe, data=replace(recipe.data, expected_items=len(entries)))
         else:
-            text = f"{' and '.join(absent) or place.flag}, not there yet"
-            if not lines and recipe.data.expected_items:
-                text += f": EXPECTED {recipe.data.expected_items:,} {UNITS[stream]}"
+            text = f"{absent} isn't there yet" if place.path else f"{place.flag} not given yet"
+            if not lines and split == "train" and size:
+                text += f"; EXPECTED: {size:,} {UNITS[stream]}"
         lines[f"{stream if split == 'train' else split} data"] = text
     return first, lines
 
