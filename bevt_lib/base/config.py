@@ -47,7 +47,7 @@ class ClipSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """What is read. Empty paths mean the embedded clips and pictures."""
+    """What is read; ``datasets.sources`` decides from where."""
 
     frames: int = 16
     interval: int = 8  # frames between two sampled ones
@@ -63,7 +63,7 @@ class Data:
     checked: tuple[str, ...] = ()  # reports of check_data: what they call bad is left out
     bad_share: float = 0.01  # stop where more of the items seen had to be replaced
     decoder: str = "auto"  # of videos: pyav, decord; auto: pyav, the faster in bench
-    embedded: bool = True  # embedded clips and pictures stand in where no list or root is given
+    embedded: bool = True  # where no list or root is given, read the embedded clips and pictures
     timeout: float = 60.0  # seconds after which reading a file is given up; 0: never
     workers: int = 1  # loader processes per stream and process
     expected_items: int = 0  # size of the first stream's data set, for the plan of a run

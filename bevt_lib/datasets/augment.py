@@ -13,11 +13,8 @@ from torchvision.transforms import v2
 from bevt_lib.base.seeds import Purpose, seeded_globals
 from bevt_lib.model.normalisation import MEAN
 
-INTERPOLATION = {
-    "bilinear": cv2.INTER_LINEAR,
-    "bicubic": cv2.INTER_CUBIC,
-    "lanczos": cv2.INTER_LANCZOS4,
-}
+INTERPOLATION = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC,
+                 "lanczos": cv2.INTER_LANCZOS4}  # fmt: skip
 
 
 def resize(frames: np.ndarray, size: tuple[int, int], interpolation: str) -> np.ndarray:
@@ -108,8 +105,8 @@ def flip(frames: np.ndarray) -> np.ndarray:
 def colour_jitter(frames: np.ndarray, rng: np.random.Generator, strength: float) -> np.ndarray:
     """Change brightness, contrast and saturation by factors in 1 -+ ``strength``, in random order.
 
-    The released code cuts to uint8 at the end where ours rounds, half a grey level on average, and
-    draws the order once per run.
+    The released code truncates to uint8 at the end where ours rounds (half a grey level on average)
+    and draws the order once per run.
     """
     x = frames.astype(np.float32)
     grey = np.array([0.299, 0.587, 0.114], dtype=np.float32)

@@ -6,10 +6,10 @@ A data set is a picklable object with ``sample(epoch, index)``: a dict of arrays
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from random import Random
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -19,12 +19,11 @@ from bevt_lib.base.seeds import Purpose, Stream, numpy_generator, python_generat
 from bevt_lib.datasets import augment
 from bevt_lib.datasets.lists import VIDEOS, Entries, Entry
 from bevt_lib.datasets.sampling import eval_frames, sample_frames, uniform_frames
-from bevt_lib.datasets.video import BadFile, read_frames, read_image, with_timeout
+from bevt_lib.datasets.video import BadFile, ChooseFrames, read_frames, read_image, with_timeout
 
 REPLACEMENTS = 4  # other items tried in place of one whose file is bad
 Sample = dict[str, Any]
 MakeMask = Callable[[Random], np.ndarray]
-ChooseFrames = Callable[[int], np.ndarray]  # from how many there are
 
 
 class Items(Protocol):
@@ -35,6 +34,7 @@ class Items(Protocol):
     def sample(self, epoch: int, index: int) -> Sample: ...
 
 
+@dataclass(eq=False)
 class Clips:
     """What the data sets below share: entries, how clips are cut (``spec``), how files are read.
 
@@ -42,21 +42,17 @@ class Clips:
     ``origin`` says how many entries there are and where they come from.
     """
 
-    stream = Stream.VIDEO
+    entries: Sequence[Entry]
+    spec: ClipSpec
+    _: KW_ONLY
+    seed: int
+    timeout: float = 0.0
+    decoder: str = "auto"
+    origin: str = ""
+    stream: ClassVar[Stream] = Stream.VIDEO
 
-    def __init__(
-        self,
-        entries: Sequence[Entry],
-        spec: ClipSpec,
-        *,
-        seed: int,
-        timeout: float = 0.0,
-        decoder: str = "auto",
-        origin: str = "",
-    ):
-        self.entries: Sequence[Entry] = Entries(entries)
-        self.spec, self.seed, self.origin = spec, seed, origin
-        self.timeout, self.decoder = timeout, decoder
+    def __post_init__(self) -> None:
+        self.entries = Entries(self.entries)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -77,6 +73,7 @@ class Clips:
         return read_frames(self.entries[index].path, choose, self.timeout, self.decoder)
 
 
+@dataclass(eq=False)
 class PretrainClips(Clips):
     """Unlabelled clips: pixels, the same crop for the tokenizer, and which tokens are hidden.
 
@@ -84,18 +81,10 @@ class PretrainClips(Clips):
     uint8 (T, input_size, input_size, 3) and "mask" bool (D, h, w), True = hidden.
     """
 
-    def __init__(
-        self,
-        entries: Sequence[Entry],
-        spec: ClipSpec,
-        *,
-        input_size: int,
-        mask: MakeMask | None = None,
-        jitter: float = 0.0,
-        **reading: Any,
-    ):
-        super().__init__(entries, spec, **reading)
-        self.input_size, self.mask, self.jitter = input_size, mask, jitter
+    _: KW_ONLY
+    input_size: int
+    mask: MakeMask | None = None
+    jitter: float = 0.0
 
     def read(self, epoch: int, index: int) -> np.ndarray:
         """Decode the frames of one sample."""
@@ -118,7 +107,7 @@ class PretrainClips(Clips):
 class PretrainImages(PretrainClips):
     """Unlabelled pictures: the same with one frame. Mask (1, h, w)."""
 
-    stream = Stream.IMAGE
+    stream: ClassVar[Stream] = Stream.IMAGE
 
     def read(self, epoch: int, index: int) -> np.ndarray:
         path = self.entries[index].path
@@ -142,6 +131,7 @@ class Pictures(PretrainImages):
         return {"tokenizer_input": self.cut(epoch, index)[1][0]}
 
 
+@dataclass(eq=False)
 class LabelledClips(Clips):
     """Clips with labels. ``sample`` gives "pixels" uint8 (T, size, size, 3) and "label".
 
@@ -151,23 +141,17 @@ class LabelledClips(Clips):
     Otherwise the centre of the middle clip.
     """
 
-    def __init__(
-        self,
-        entries: Sequence[Entry],
-        spec: ClipSpec,
-        *,
-        train: bool,
-        flip: bool = False,
-        crop: str = "random_resized",
-        rand_augment: tuple[int, int] = (0, 0),
-        erasing: float = 0.0,
-        **reading: Any,
-    ):
-        if crop not in ("random_resized", "random"):
-            raise ValueError(f"crop must be random_resized or random, got {crop!r}")
-        super().__init__(entries, spec, **reading)
-        self.train, self.flip, self.crop = train, flip, crop
-        self.rand_augment, self.erasing = rand_augment, erasing
+    _: KW_ONLY
+    train: bool
+    flip: bool = False
+    crop: str = "random_resized"
+    rand_augment: tuple[int, int] = (0, 0)
+    erasing: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.crop not in ("random_resized", "random"):
+            raise ValueError(f"crop must be random_resized or random, got {self.crop!r}")
 
     def label(self, index: int) -> int:
         """Give a clip's class number."""

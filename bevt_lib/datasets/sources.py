@@ -47,13 +47,6 @@ class Place(NamedTuple):
     flag: str  # what gives the path
 
 
-class Listed(NamedTuple):
-    """The entries of a split of a stream, and in words how many there are and from where."""
-
-    entries: list[Entry]
-    origin: str
-
-
 def place_of(recipe: Recipe, stream: str, split: str = "train") -> Place:
     """Decide where a split of a stream is read from.
 
@@ -121,10 +114,11 @@ def embedded_origin(recipe: Recipe, stream: str, split: str) -> str:
     return f"{count:,} {UNITS[stream]}, embedded ({split} split)"
 
 
-def list_entries(recipe: Recipe, stream: str, split: str = "train") -> Listed:
+def list_entries(recipe: Recipe, stream: str, split: str = "train") -> tuple[list[Entry], str]:
     """Read the entries of a split of a stream, less those that check_data's reports call bad.
 
-    Raises ValueError for a malformed or missing list, and where no data are embedded.
+    Also says how many there are and where they come from. Raises ValueError for a list that is
+    missing or malformed.
     """
     d, place = recipe.data, place_of(recipe, stream, split)
     labels: dict[str, Any] = {"labelled": False}
@@ -139,7 +133,7 @@ def list_entries(recipe: Recipe, stream: str, split: str = "train") -> Listed:
         else:
             task = recipe.task if isinstance(recipe, Finetune) else "how"
             entries = lists.read_list(folder / f"{task}_{split}.txt", folder, **labels)
-        return Listed(entries, embedded_origin(recipe, stream, split))
+        return entries, embedded_origin(recipe, stream, split)
     if not place.path:
         raise ValueError(
             f"{recipe.name} needs {place.flag}: one `path label` a line, or the set's official "
@@ -153,8 +147,7 @@ def list_entries(recipe: Recipe, stream: str, split: str = "train") -> Listed:
     else:
         entries = lists.read_image_folder(root)
     entries, left_out = lists.leave_out_bad(entries, d.checked, root)
-    count = f"{len(entries):,} {UNITS[stream]} from {path}"
-    return Listed(entries, "; ".join([count, *left_out]))
+    return entries, "; ".join([f"{len(entries):,} {UNITS[stream]} from {path}", *left_out])
 
 
 def photos_and_film_frames() -> list[Entry]:

@@ -68,11 +68,8 @@ def photo_splits() -> dict[str, list[Path]]:
     """Divide the photos among the splits; none is in two, but test_unseen has the test photos."""
     photos = sorted((data_folder() / "photos").glob("*.jpg"))
     order = numpy_generator(SEED, Purpose.SPLIT, 0).permutation(len(photos))
-    splits: dict[str, list[Path]] = {}
-    start = 0
-    for split, count in PHOTOS.items():
-        splits[split] = sorted(photos[i] for i in order[start : start + count])
-        start += count
+    parts = np.split(order, np.cumsum(list(PHOTOS.values())))
+    splits = {s: sorted(photos[i] for i in part) for s, part in zip(PHOTOS, parts, strict=False)}
     return splits | {"test_unseen": splits["test"]}
 
 
@@ -137,7 +134,7 @@ def _torus(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _paste(tile: np.ndarray, cutout: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Paste a cut-out four times, one in each quarter, so that every view shows one."""
+    """Paste a cut-out four times, one in each quarter, so that every frame shows one."""
     scale = CUTOUT / max(cutout.shape[:2]) * rng.uniform(0.9, 1.1)
     size = [max(2, round(side * scale)) for side in cutout.shape[1::-1]]
     cutout = cv2.resize(cutout, size, interpolation=cv2.INTER_AREA).astype(np.float32)
@@ -154,11 +151,11 @@ def _paste(tile: np.ndarray, cutout: np.ndarray, rng: np.random.Generator) -> np
 
 def render_clip(scene: Scene, frames: int = FRAMES) -> np.ndarray:
     """Film a scene: uint8 (frames, SIDE, SIDE, 3), RGB."""
-    return np.stack([_view(scene, t) for t in range(frames)])
+    return np.stack([_frame(scene, t) for t in range(frames)])
 
 
-def _view(scene: Scene, time: int) -> np.ndarray:
-    """See the scene at one time: wrap position, log-scale and angle, then warp."""
+def _frame(scene: Scene, time: int) -> np.ndarray:
+    """Render the scene at one time: wrap position, log-scale and angle, then warp."""
     x, y, log_scale, angle = scene.start + scene.velocity * time
     log_scale = _wrap(log_scale, LOG_SCALE)
     angle = _wrap(angle, ANGLE)
@@ -188,8 +185,8 @@ def render(folder: Path | None = None, workers: int = 2) -> Path:
         clips/<split>/00000.mp4          images/<split>/<kind>/00000.jpg
         what_<split>.txt, how_<split>.txt   Kinetics-style lists, `path label`
 
-    By default under rendered/ in the data folder. Interrupted, it goes on with the next split.
-    Raises ValueError where it can't write.
+    By default under rendered/ in the data folder. After an interruption it continues with the next
+    split. Raises ValueError where it can't write.
     """
     parent = Path(folder) if folder else data_folder() / "rendered"
     target = parent / version()
@@ -218,7 +215,7 @@ def render(folder: Path | None = None, workers: int = 2) -> Path:
 
 
 def version() -> str:
-    """Name the rendering by its constants and its pictures: another name, another rendering."""
+    """Name the rendering after its constants and pictures: if they change, so does the name."""
     names = [[p.name for p in kind] for part in cutout_splits().values() for kind in part]
     constants = (SIDE, FRAMES, TILE, CUTOUT, PAN, ZOOM, ROLL, LOG_SCALE, ANGLE, CONTRAST)
     text = json.dumps([constants, CLIPS, STILLS, PHOTOS, UNSEEN, SEED, RENDERING, names])

@@ -16,6 +16,8 @@ reads such files from their first frame on, which takes longer.
 import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,6 +39,7 @@ DECORD_FORMATS = {"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv422p10le", "
 CHUNK = 16  # frames held at a time where decord reads from the start
 UNREADABLE = (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError)
 Result = TypeVar("Result")
+ChooseFrames = Callable[[int], Sequence[int] | np.ndarray]  # from how many there are
 
 
 class BadFile(ValueError):
@@ -68,7 +71,7 @@ class Video:
                 f"{path}: no such video file; check the list and its root folder", "missing"
             )
         self._pictures: list[av.VideoFrame] = []
-        try:
+        with self._one_line():
             self._container = av.open(str(self.path))
             if not self._container.streams.video:
                 raise VideoError(f"{self.path}: holds no video; remove it from the list")
@@ -81,8 +84,6 @@ class Video:
             self._times = self._shown()
             if not self._times:
                 self._pictures = list(self._play())
-        except (av.FFmpegError, OSError) as error:
-            raise self._damaged(error.strerror or str(error)) from None
         self._check_share(len(self))
 
     def __del__(self) -> None:
@@ -103,10 +104,8 @@ class Video:
         unique, places = np.unique(chosen, return_inverse=True)
         if (AUTO if decoder == "auto" else decoder) == "decord":
             return self._by_decord(unique)[places]
-        try:
+        with self._one_line():
             pictures = self._decode(unique)
-        except (av.FFmpegError, OSError) as error:
-            raise self._damaged(error.strerror or str(error)) from None
         self._check_sizes({(p.width, p.height) for p in pictures})
         convert = VideoReformatter()
         first = _pixels(pictures[0], convert)
@@ -117,10 +116,8 @@ class Video:
 
     def count(self) -> int:
         """Decode every frame, keep none, and count them. Raises VideoError as opening does."""
-        try:
+        with self._one_line():
             sizes = [(p.width, p.height) for p in self._pictures or self._play()]
-        except (av.FFmpegError, OSError) as error:
-            raise self._damaged(error.strerror or str(error)) from None
         self._check_share(len(sizes))
         self._check_sizes(set(sizes))
         return len(sizes)
@@ -138,10 +135,8 @@ class Video:
         if not self._pictures:
             times = [self._times[i] for i in chosen]
             wanted, first = set(times), min(times)
-            keys = (
-                i for i, p in enumerate(self._packets)
-                if p.is_keyframe and p.pts is not None and p.pts <= first
-            )  # fmt: skip
+            keys = [i for i, p in enumerate(self._packets)
+                    if p.is_keyframe and p.pts is not None and p.pts <= first]  # fmt: skip
             found: dict[int | None, av.VideoFrame] = {}
             for picture in self._play(max(keys, default=0), wanted):
                 if picture.pts in wanted:
@@ -186,12 +181,10 @@ class Video:
                 f"odd sides, {context.width}x{context.height}": odd,
                 f"it counts {len(reader)} frames, not {len(self)}": len(reader) != len(self),
             }
-            for reason, holds in unlike.items():
-                if holds:
-                    raise VideoError(
-                        f"{self.path}: decord reads this kind of video differently from PyAV "
-                        f"({reason}): set --data.decoder pyav"
-                    )
+            if any(unlike.values()):
+                reasons = ", ".join(reason for reason, holds in unlike.items() if holds)
+                raise VideoError(f"{self.path}: decord reads this kind of video differently from "
+                                 f"PyAV ({reasons}): set --data.decoder pyav")  # fmt: skip
             if self._times and self._gops_are_closed():
                 return reader.get_batch(unique).asnumpy()
             parts = []
@@ -200,9 +193,8 @@ class Video:
                 parts.append(reader.get_batch(chunk).asnumpy()[np.isin(chunk, unique)])
             return np.concatenate(parts)
         except decord.DECORDError:
-            raise VideoError(
-                f"{self.path}: decord can't read this video: set --data.decoder pyav"
-            ) from None
+            message = f"{self.path}: decord can't read this video: set --data.decoder pyav"
+            raise VideoError(message) from None
 
     def _gops_are_closed(self) -> bool:
         """Say whether all frames behind a key frame in the file are also shown after it."""
@@ -232,6 +224,14 @@ class Video:
         if len(sizes) > 1:
             raise self._damaged(f"frames of several sizes, {sizes}")
 
+    @contextmanager
+    def _one_line(self) -> Iterator[None]:
+        """Raise errors of FFmpeg as a VideoError."""
+        try:
+            yield
+        except (av.FFmpegError, OSError) as error:
+            raise self._damaged(error.strerror or str(error)) from None
+
     def _damaged(self, reason: str, kind: str = "undecodable") -> VideoError:
         return VideoError(
             f"{self.path}: is not a valid video, damaged or truncated ({reason}); copy it again or "
@@ -252,27 +252,24 @@ def with_timeout(
     """
     if not seconds:
         return work()
-    outcome: list[tuple[Result | None, BaseException | None]] = []
+    outcome: Future[Result] = Future()
 
     def run() -> None:
         try:
-            outcome.append((work(), None))
+            outcome.set_result(work())
         except BaseException as error:
-            outcome.append((None, error))
+            outcome.set_exception(error)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(seconds)
-    if not outcome:
+    if not outcome.done():
         raise late(
             f"{path}: not read after {seconds:g} s; copy it again, remove it from the list, or set "
             "a longer --data.timeout",
             "hanging",
         )
-    result, error = outcome[0]
-    if error is not None:
-        raise error
-    return result  # type: ignore[return-value]
+    return outcome.result()
 
 
 def import_decord() -> Any:
@@ -289,10 +286,7 @@ def import_decord() -> Any:
 
 
 def read_frames(
-    path: Path,
-    choose: Callable[[int], Sequence[int] | np.ndarray],
-    timeout: float = 0.0,
-    decoder: str = "auto",
+    path: Path, choose: ChooseFrames, timeout: float = 0.0, decoder: str = "auto"
 ) -> np.ndarray:
     """Decode the frames ``choose(number of frames)`` of a video: uint8 (T, H, W, 3).
 
