@@ -3,14 +3,15 @@
     python -m bevt_lib.bench [--list FILE --root DIR] [--rate CLIPS_PER_S] [--processes N]
 
 Renders its own films (300 frames of 340x256, H.264 by x264's defaults), or takes yours, and its own
-pictures (JPEG, 500x375). Beside this loader stand plain loops of decord and PyAV that decode the
-same frames; all take turns, one thread a process.
+pictures (JPEG, 500x375). This loader, with its default decoder and with decord, takes turns with
+plain loops of decord and PyAV that decode the same frames, one thread a process.
 """
 
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from bevt_lib.cli import parse, run_command
 from bevt_lib.datasets import sources
 from bevt_lib.datasets.augment import one_thread
 from bevt_lib.datasets.items import LabelledClips, PretrainClips
-from bevt_lib.datasets.video import Video, read_frames
+from bevt_lib.datasets.video import Video, import_decord, read_frames
 from bevt_lib.presets import paper_joint, paper_k400, paper_ssv2
 from bevt_lib.scoring import cost
 from bevt_lib.tokenizers.dalle import DalleTokenizer, build
@@ -113,10 +114,7 @@ def render_pictures(folder: Path) -> Path:
 
 def decord_loop(path: Path, choose: Callable[[int], np.ndarray]) -> np.ndarray:
     """Decode chosen frames as a plain decord loop does."""
-    import decord  # no wheel on some machines
-
-    decord.logging.set_level(decord.logging.QUIET)
-    reader = decord.VideoReader(str(path), num_threads=1)
+    reader = import_decord().VideoReader(str(path), num_threads=1)
     return reader.get_batch(choose(len(reader))).asnumpy()
 
 
@@ -125,7 +123,7 @@ def pyav_loop(path: Path, choose: Callable[[int], np.ndarray]) -> np.ndarray:
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
-        chosen = choose(stream.frames or len(Video(path)))  # webm doesn't say
+        chosen = choose(stream.frames or len(Video(path)))  # webm has no count
         convert, kept = VideoReformatter(), {}  # else one is made, with its threads, per frame
         for number, frame in enumerate(container.decode(stream)):
             if number in chosen:
@@ -136,17 +134,16 @@ def pyav_loop(path: Path, choose: Callable[[int], np.ndarray]) -> np.ndarray:
 
 
 def measure(recipe: Pretrain | Finetune, rounds: int, clips: int, process: int) -> Rates:
-    """Let loaders take turns at the same clips; the medians of their clips or images a second.
+    """Let loaders take turns at the same clips; give the medians of their clips or images a second.
 
-    A second of the processor's time, which other programs on the machine disturb least.
+    Seconds of processor time, which other programs on the machine disturb least.
     """
     one_thread(process)
     torch.set_num_threads(1)
-    items: PretrainClips | LabelledClips
-    if isinstance(recipe, Pretrain):
-        items = sources.pretraining_items(recipe, "video")
-    else:
-        items = sources.labelled_items(recipe)
+    items: PretrainClips | LabelledClips = (
+        sources.pretraining_items(recipe, "video") if isinstance(recipe, Pretrain)
+        else sources.labelled_items(recipe)
+    )  # fmt: skip
     first = process * rounds * clips
 
     def decode(read: Callable[..., np.ndarray]) -> Callable[[int], np.ndarray]:
@@ -161,10 +158,14 @@ def measure(recipe: Pretrain | Finetune, rounds: int, clips: int, process: int) 
         "this loader, decode": decode(read_frames),
     }
     expected = decode(read_frames)(first)
-    for name, read in (("decord loop, decode", decord_loop), ("PyAV loop, decode", pyav_loop)):
+    others: dict[str, Callable[..., np.ndarray]] = {
+        "this loader by decord, decode": partial(read_frames, decoder="decord"),
+        "decord loop, decode": decord_loop, "PyAV loop, decode": pyav_loop,
+    }  # fmt: skip
+    for name, read in others.items():
         try:
             same = np.array_equal(decode(read)(first), expected)
-        except Exception:  # decord has no wheel here, or can't read this kind of video
+        except Exception:  # decord isn't installed, or can't read this kind of video
             same = False
         if same:
             work[name] = decode(read)
@@ -208,8 +209,9 @@ def report(recipe: Pretrain | Finetune, rates: Rates, rate: float | None) -> str
     ours = rates["this loader, decode"]
     for name, value in rates.items():
         unit = "images" if name.startswith("images") else "clips"
-        faster = f", this loader's decoding is {ours / value:.2f} times as fast"
-        lines.append(f"  {name:30s} {value:7.1f} {unit}/s a core{faster if 'loop' in name else ''}")
+        other = "loop" in name or "decord" in name
+        faster = f", this loader's decoding is {ours / value:.2f} times as fast" * other
+        lines.append(f"  {name:30s} {value:7.1f} {unit}/s a core{faster}")
     absent = [name for name in ("decord", "PyAV") if f"{name} loop, decode" not in rates]
     lines += [f"  {name} loop, decode: doesn't give the same frames here" for name in absent]
     needed = rate or assumed_rate(recipe)

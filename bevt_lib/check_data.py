@@ -1,7 +1,7 @@
 """Decode every file of a list once: ``python -m bevt_lib.check_data LIST --root DIR``.
 
 LIST is any list that training takes, or a folder of pictures. Each file's result is a line of the
-report, ``LIST.checked.jsonl``; interrupted or killed, the same command goes on where it was.
+report, ``LIST.checked.jsonl``; interrupted or killed, the same command continues where it stopped.
 Training leaves out what ``--data.checked REPORT`` calls bad. Exit status: 0 all good, 1 some bad, 2
 nothing could be checked.
 """
@@ -75,7 +75,7 @@ def name_under(root: Path, path: Path) -> str:
 
 
 def open_report(path: Path):
-    """Open a report to append to; a line that a kill cut short is ended first."""
+    """Open a report to append to; first end a line that a kill cut short."""
     file = path.open("a+b")
     if file.tell():
         file.seek(-1, os.SEEK_END)
@@ -85,7 +85,7 @@ def open_report(path: Path):
 
 
 def sum_up(records: Sequence[Record]) -> str:
-    """Describe what was found: how many of each kind, the bad files, the shortened ones."""
+    """Describe what was found: how many of each kind, the bad files, how many lack frames."""
     bad = [record for record in records if not record.ok]
     kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(r.kind for r in bad).most_common())
     lines = [f"{len(records)} files: {len(records) - len(bad)} good, {len(bad)} bad ({kinds})"]
@@ -101,7 +101,7 @@ def sum_up(records: Sequence[Record]) -> str:
 
 
 def check_file(name: str, path: Path) -> Record:
-    """Decode a video or picture once and tell what it is like."""
+    """Decode a video or picture once and report on it."""
     try:
         if path.suffix.lower() in PICTURES:
             return Record(name, True, len(read_image(path)))
@@ -113,14 +113,14 @@ def check_file(name: str, path: Path) -> Record:
         if kind == "undecodable" and ends_early(path):
             reason, kind = f"the file ends early; {reason}", "truncated"
         return Record(name, False, 0, kind, reason)
-    except Exception as error:  # whatever a strange file brings about, the check goes on
+    except Exception as error:  # whatever a strange file causes, the check continues
         return Record(name, False, 0, "undecodable", repr(error))
     lacking = video.promised - frames
     return Record(name, True, frames, "", f"lacks {lacking} frames" if lacking > 0 else "")
 
 
 def ends_early(path: Path) -> bool:
-    """Tell whether a file is empty, or an mp4 that ends within one of its boxes."""
+    """Say whether a file is empty, or an mp4 that ends within one of its boxes."""
     at, size = 0, path.stat().st_size
     with path.open("rb") as file:
         while at < size:
@@ -136,10 +136,10 @@ def ends_early(path: Path) -> bool:
 
 
 def check(paths: dict[str, Path], workers: int, timeout: float) -> Iterator[Record]:
-    """Look at files in ``workers`` processes; give each record as it comes.
+    """Check files in ``workers`` processes; give each record as it comes.
 
-    A process that crashes, or takes longer than ``timeout`` seconds for a file, costs that file
-    alone: it is reported, and another process goes on.
+    A process that crashes, or takes longer than ``timeout`` seconds for a file, costs only that
+    file: it is reported, and a new process continues.
     """
     left = iter(paths.items())
     crew = [Worker(timeout) for _ in range(min(workers, len(paths)))]
@@ -165,23 +165,23 @@ def check(paths: dict[str, Path], workers: int, timeout: float) -> Iterator[Reco
 
 
 class Worker:
-    """A process that looks at one file after the other. ``name`` is the file's, "" when idle."""
+    """A process that checks one file after another. ``name`` is the file's, "" when idle."""
 
     def __init__(self, timeout: float):
         self.timeout, self.name, self.deadline = timeout, "", 0.0
         self.pipe, other = Pipe()
         self.process = Process(target=serve, args=(other, self.pipe, timeout), daemon=True)
         self.process.start()
-        other.close()  # here, and self.pipe there, so that the end of either ends the other
+        other.close()  # and self.pipe there, so that each end notices when the other process ends
 
     def give(self, name: str, path: Path) -> None:
-        """Hand over a file; "" is none."""
+        """Hand over a file; "": none."""
         self.name, self.deadline = name, time.monotonic() + self.timeout
         if name:
             self.pipe.send((name, path))
 
     def take(self) -> Record | None:
-        """Give the record of the file in hand, or None if it is still in time."""
+        """Give the record of the current file, or None while it still has time."""
         try:
             if self.pipe.poll():
                 return self.pipe.recv()
@@ -195,18 +195,18 @@ class Worker:
         return Record(self.name, False, 0, "hanging", f"not decoded after {self.timeout:g} s")
 
     def end(self) -> None:
-        """Kill the process, whatever it does."""
+        """Kill the process, whatever it is doing."""
         self.process.kill()
         self.process.join(1)  # unless even the kernel waits for a file
         self.pipe.close()
 
 
 def serve(pipe: Connection, parents: Connection, timeout: float) -> None:
-    """Look at the files that come through a pipe until it ends."""
+    """Check the files that come through a pipe until it closes."""
     parents.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     while True:
-        if hasattr(signal, "alarm"):  # ends a decoder that hangs when the parent was killed
+        if hasattr(signal, "alarm"):  # ends a hanging decoder whose parent was killed
             signal.alarm(0)
         try:
             name, path = pipe.recv()

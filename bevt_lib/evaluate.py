@@ -21,8 +21,7 @@ import torch
 from bevt_lib.base import distributed
 from bevt_lib.base.config import Finetune, run_folder
 from bevt_lib.cli import choose, run_command, with_recipe
-from bevt_lib.datasets import synthetic
-from bevt_lib.datasets.synthetic import CLASSES
+from bevt_lib.datasets import sources
 from bevt_lib.parts import build_classifier
 from bevt_lib.presets import FINETUNE
 from bevt_lib.scoring import cost
@@ -80,13 +79,15 @@ def evaluate(recipe: Evaluate) -> tuple[ClassScore, Path]:
         raise ValueError(f"--split {recipe.split} is one of the embedded clips: drop it, or the "
                          "--data.val-list")  # fmt: skip
     loop.set_up(recipe.run)
+    sources.check_sources(recipe, [recipe.split])
     source = weights_of(Path(recipe.run.init))
     model = build_classifier(recipe).to(distributed.device())
     load_strict(model, read_weights(source), str(source))
-    distributed.once_per_node(synthetic.render, needed=not recipe.data.val_list)
+    sources.render_embedded(recipe)
     file = Path(run_folder(recipe)) / f"scores_{recipe.split}.jsonl"
     if distributed.rank() == 0:
         print(f"model: {source}")
+    sources.print_origins({recipe.split: sources.labelled_items(recipe, recipe.split)})
     result = score_split(recipe, model, recipe.split, recipe.run.test_clips, file)
     if result.unread and distributed.rank() == 0:
         print(*result.unread[:LISTED], sep="\n", file=sys.stderr)
@@ -109,16 +110,15 @@ def weights_of(path: Path) -> Path:
 
 
 def plan(recipe: Evaluate) -> str:
-    """Describe an evaluation before its first video; nothing is read."""
+    """Describe an evaluation before its first video; only one's own list is read."""
+    recipe, data = sources.plan_sources(recipe, [recipe.split])
     with torch.device("meta"):
         model = build_classifier(recipe)
     views = recipe.test_clips * recipe.test_crops
     return cost.write({
         "preset": recipe.name,
         "model": recipe.run.init or "--run.init, not given yet",
-        "videos": recipe.data.val_list or (
-            f"the embedded {recipe.split} clips" if recipe.task in CLASSES
-            else "--data.val-list, not given yet"),
+        "videos": data[f"{recipe.split} data"],
         "test views": f"{recipe.test_clips} clips x {recipe.test_crops} crops, "
                       f"{recipe.views_at_once} at a time",
         "one video": f"multiply-adds: {views} x {cost.clip_item(recipe, model).text}",

@@ -20,9 +20,8 @@ from bevt_lib.base.config import Finetune, flatten, run_folder
 from bevt_lib.base.seeds import Stream
 from bevt_lib.base.trainable import Batch
 from bevt_lib.cli import choose, run_command, with_recipe
-from bevt_lib.datasets import synthetic
+from bevt_lib.datasets import sources
 from bevt_lib.datasets.items import Positions
-from bevt_lib.datasets.sources import labelled_items
 from bevt_lib.model.classifier import Classifier
 from bevt_lib.model.normalisation import normalise
 from bevt_lib.parts import build_classifier, initialise_classifier
@@ -92,12 +91,15 @@ def train(recipe: Finetune) -> tuple[Classifier, list[dict[str, float]]]:
 def train_of(recipe: Finetune) -> tuple[Classifier, list[dict[str, float]], int]:
     """Do :func:`train`, and also give the steps of the whole run."""
     loop.set_up(recipe.run)
-    distributed.once_per_node(synthetic.render, needed=not recipe.data.video_list)
+    sources.check_sources(recipe)
+    sources.render_embedded(recipe)
     model = build_classifier(recipe)
     report = initialise_classifier(recipe, model)
     if distributed.rank() == 0:
         print(report)
-    items = Positions(labelled_items(recipe), seed=recipe.run.seed, stream=Stream.VIDEO,
+    clips = sources.labelled_items(recipe)
+    sources.print_origins({"clip": clips, "test": sources.labelled_items(recipe, "test")})
+    items = Positions(clips, seed=recipe.run.seed, stream=Stream.VIDEO,
                       workers=recipe.data.workers)  # fmt: skip
     every = round(recipe.val_epochs * len(items) / recipe.optim.clips)
     task = Task(
@@ -116,7 +118,7 @@ def validation(recipe: Finetune, model: Classifier) -> Callable[[int], dict[str,
 
     Clips that can't be read are left out, and their number stands in the record.
     """
-    items = labelled_items(recipe, "val")
+    items = sources.labelled_items(recipe, "val")
 
     def validate(step: int) -> dict[str, float]:
         result = score_classes(model, items, recipe.num_classes, at_once=recipe.views_at_once,
@@ -128,7 +130,8 @@ def validation(recipe: Finetune, model: Classifier) -> Callable[[int], dict[str,
 
 
 def plan(recipe: Finetune) -> str:
-    """Describe a run before its first step: size, steps, tokens, cost; nothing is read."""
+    """Describe a run before its first step: size, steps, tokens, cost; only own lists are read."""
+    recipe, data = sources.plan_sources(recipe)
     with torch.device("meta"):
         model = build_classifier(recipe)
     items = {"clip": cost.clip_item(recipe, model)}
@@ -139,7 +142,7 @@ def plan(recipe: Finetune) -> str:
     if recipe.val_epochs:
         lines["validation"] = f"every {recipe.val_epochs:g} epochs, 1 view; the best is kept"
     lines["starts from"] = recipe.run.init or recipe.default_init or "--run.init, not given yet"
-    return cost.write(lines)
+    return cost.write(lines | data)
 
 
 if __name__ == "__main__":

@@ -72,12 +72,8 @@ def classify(model: Classifier, video: str | Path) -> list[tuple[str, float]]:
     Reads it as ``model.views`` tells and averages the probabilities over the views. Raises
     VideoError for a file that can't be decoded, ValueError for a model without views.
     """
-    v = needs_views(model)
-    items = LabelledClips(
-        [Entry(Path(video), -1)], frames=v.frames, interval=v.interval, size=v.size,
-        short=(v.short[0], v.short[1]), seed=0, train=False, flip=False, sampling=v.sampling,
-    )  # fmt: skip
-    pixels = torch.from_numpy(items.views(0, v.clips, v.crops))[None]
+    items = LabelledClips([Entry(Path(video), -1)], needs_views(model), seed=0, train=False)
+    pixels = torch.from_numpy(items.test_views(0))[None]
     model.eval()
     shares = score_views(model, pixels.to(next(model.parameters()).device))[0].tolist()
     return sorted(zip(model.classes, shares, strict=True), key=lambda pair: -pair[1])
@@ -86,9 +82,7 @@ def classify(model: Classifier, video: str | Path) -> list[tuple[str, float]]:
 class Guess(NamedTuple):
     """What a pretraining model makes of a hidden tube."""
 
-    sample: dict[
-        str, np.ndarray
-    ]  # "pixels", "tokenizer_input" and "mask", as viz.prediction_rows takes them
+    sample: dict[str, np.ndarray]  # "pixels", "tokenizer_input", "mask", for prediction_rows
     hidden: np.ndarray  # bool (T, h, w)
     ids: np.ndarray  # int64 (T, h, w): what the tokenizer says
     named: np.ndarray  # int64 (T, h, w): what the model says
@@ -101,19 +95,17 @@ def name_hidden(model: BEVT, tokenizer: FrozenTokenizer, video: str | Path, seed
     Raises VideoError for a file that can't be decoded, ValueError for a model without views or
     with another vocabulary than the tokenizer's.
     """
-    v = needs_views(model)
+    spec = needs_views(model)
     if tokenizer.vocab_size != model.token_head.out_features:
         raise ValueError(
             f"the model names {model.token_head.out_features} tokens, the tokenizer has "
             f"{tokenizer.vocab_size}: give the one it was trained with (--tokens)"
         )
-    side = v.size // STRIDE
-    grid = (v.frames // model.frames_per_step["video"], side, side)
+    side = spec.size // STRIDE
+    grid = (spec.frames // model.frames_per_step["video"], side, side)
     hide = partial(hide_tubes, grid=grid, target=mask_budget((side, side))[0], length=TUBE)
-    items = PretrainClips(
-        [Entry(Path(video), -1)], frames=v.frames, interval=v.interval, size=v.size,
-        short=(v.short[0], v.short[1]), input_size=side * tokenizer.factor, mask=hide, seed=seed,
-    )  # fmt: skip
+    items = PretrainClips([Entry(Path(video), -1)], spec, input_size=side * tokenizer.factor,
+                          mask=hide, seed=seed)  # fmt: skip
     sample = items.sample(0, 0)
     device = next(model.parameters()).device
     part = add_tokens({"video": collate([sample], device)}, tokenizer)["video"]

@@ -9,9 +9,8 @@ from bevt_lib.base import distributed
 from bevt_lib.base.config import Pretrain, flatten, run_folder
 from bevt_lib.base.seeds import Stream
 from bevt_lib.cli import choose, run_command, with_recipe
-from bevt_lib.datasets import synthetic
+from bevt_lib.datasets import sources
 from bevt_lib.datasets.items import Positions
-from bevt_lib.datasets.sources import pretraining_items
 from bevt_lib.model.bevt import BEVT
 from bevt_lib.parts import build_bevt, build_tokenizer, initialise_bevt, sized_for
 from bevt_lib.presets import PRETRAIN, lesson_dvae
@@ -49,23 +48,24 @@ def global_batches(recipe: Pretrain) -> dict[str, int]:
 def train(recipe: Pretrain) -> tuple[BEVT, list[dict[str, float]]]:
     """Run a pretraining recipe; return the model and the record, one dict per step."""
     loop.set_up(recipe.run)
+    sources.check_sources(recipe)
     tokenizer = build_tokenizer(recipe)
     recipe = sized_for(recipe, tokenizer)
     model = build_bevt(recipe)
     report = initialise_bevt(recipe, model)
     if distributed.rank() == 0:
         print(report)
-    distributed.once_per_node(synthetic.render, needed=not recipe.data.image_root)
-
-    def source(stream: str, batch: int) -> Source:
-        items = Positions(pretraining_items(recipe, stream), seed=recipe.run.seed,
-                          stream=Stream[stream.upper()], workers=recipe.data.workers)  # fmt: skip
-        return Source(items, batch)
-
-    sources = {stream: source(stream, batch) for stream, batch in global_batches(recipe).items()}
+    sources.render_embedded(recipe)
+    items = {stream: sources.pretraining_items(recipe, stream) for stream in recipe.streams}
+    sources.print_origins(items)
+    streams = {
+        stream: Source(Positions(items[stream], seed=recipe.run.seed, workers=recipe.data.workers,
+                                 stream=Stream[stream.upper()]), batch)
+        for stream, batch in global_batches(recipe).items()
+    }  # fmt: skip
     task = Task(
-        model=model, sources=sources, rename=released_name, bad_share=recipe.data.bad_share,
-        steps=total_steps(recipe.optim, len(sources[recipe.streams[0]].items)),
+        model=model, sources=streams, rename=released_name, bad_share=recipe.data.bad_share,
+        steps=total_steps(recipe.optim, len(items[recipe.streams[0]])),
         prepare=lambda batch, step: add_tokens(
             batch, tokenizer, hidden_only=True, fp16=recipe.tokens.fp16),
         config=flatten(recipe) | {"tokens.sha256": tokenizer.digest()},
@@ -78,14 +78,17 @@ def score(recipe: Pretrain, model: BEVT, stream: str, count: int = 512) -> Token
     """Score a model on ``count`` held-out items of the embedded test split."""
     tokenizer = build_tokenizer(recipe)
     recipe = sized_for(recipe, tokenizer)
-    return score_tokens(model, tokenizer, stream, pretraining_items(recipe, stream, "test"), count)
+    items = sources.pretraining_items(recipe, stream, "test")
+    return score_tokens(model, tokenizer, stream, items, count)
 
 
 def plan(recipe: Pretrain) -> str:
     """Describe a run before its first step: size, steps, tokens, cost.
 
-    Nothing is read but the tokenizer that ``tokens.weights`` names, where it is there already.
+    Nothing is read but what is there already of the tokenizer that ``tokens.weights`` names and of
+    the recipe's own lists.
     """
+    recipe, data = sources.plan_sources(recipe)
     vocab, given, shipped = recipe.tokens.vocab_size, recipe.tokens.weights, lesson_dvae()
     tokenizer: FrozenTokenizer
     if given and Path(given).exists():
@@ -108,7 +111,7 @@ def plan(recipe: Pretrain) -> str:
     )
     lines["starts from"] = recipe.run.init or recipe.default_init or (
         "--run.init, not given yet" if recipe.needs_init else "random weights")  # fmt: skip
-    return cost.write(lines)
+    return cost.write(lines | data)
 
 
 if __name__ == "__main__":

@@ -13,15 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bevt_lib.base import distributed, files
+from bevt_lib.base import distributed
 from bevt_lib.base.config import Optim, TrainPeco, TrainTokenizer, flatten, run_folder
 from bevt_lib.base.seeds import Purpose, Stream, seeded_globals, torch_generator
 from bevt_lib.base.trainable import Batch
 from bevt_lib.cli import choose, run_command, with_recipe
-from bevt_lib.datasets import synthetic
+from bevt_lib.datasets import sources
 from bevt_lib.datasets.items import Pictures, Positions
-from bevt_lib.datasets.lists import Entry, read_image_folder
-from bevt_lib.datasets.video import Video
+from bevt_lib.datasets.lists import Entry
 from bevt_lib.model.bevt import STRIDE
 from bevt_lib.presets import TRAIN_TOKENIZER
 from bevt_lib.scoring import cost
@@ -34,8 +33,6 @@ from bevt_lib.training import loop
 from bevt_lib.training.optim import cycle_of, total_steps
 from bevt_lib.training.task import Source, Task
 
-FILM_STEP = 8  # every eighth film frame is a training picture
-PHOTO_REPEATS = 6  # photos are few beside the stills
 HELD_OUT = 64  # held-out pictures that are scored while training
 SHOWN = 8  # of them in a strip
 
@@ -57,26 +54,18 @@ def main(arguments: list[str]) -> None:
             print(f"step {last['step'] + 1}: loss {last['loss']:.3f}; tokenizer in {path}")
 
 
-def training_entries() -> list[Entry]:
-    """List the training pictures: stills, training-split photos, film frames (label = frame)."""
-    folder = synthetic.render()
-    photos = [Entry(path, 0) for path in synthetic.photo_splits()["train"]] * PHOTO_REPEATS
-    films = sorted((files.data_folder() / "film").glob("*.mp4"))
-    film = [Entry(path, t) for path in films for t in range(0, len(Video(path)), FILM_STEP)]
-    return read_image_folder(folder / "images" / "train") + photos + film
+def split_entries(recipe: Recipe) -> tuple[list[Entry], list[Entry], str]:
+    """List (training pictures, HELD_OUT held-out ones), and say where they come from.
 
-
-def split_entries(recipe: Recipe) -> tuple[list[Entry], list[Entry]]:
-    """List (training pictures, HELD_OUT held-out ones).
-
-    Of one's own folder every n-th picture is held out; of the embedded data, validation stills.
+    Of one's own pictures every n-th is held out; of the embedded data, validation stills.
     """
-    if recipe.data.image_root:
-        own = read_image_folder(Path(recipe.data.image_root))
-        held = set(range(0, len(own), max(2, len(own) // HELD_OUT)))
-        return [e for i, e in enumerate(own) if i not in held], [own[i] for i in sorted(held)]
-    stills = read_image_folder(synthetic.render() / "images" / "val")
-    return training_entries(), stills[:: len(stills) // HELD_OUT]
+    entries, origin = sources.list_entries(recipe, "image")
+    if not sources.place_of(recipe, "image").own:
+        stills, _ = sources.list_entries(recipe, "image", "val")
+        return entries, stills[:: len(stills) // HELD_OUT], origin
+    held = set(range(0, len(entries), max(2, len(entries) // HELD_OUT)))
+    kept = [entry for i, entry in enumerate(entries) if i not in held]
+    return kept, [entries[i] for i in sorted(held)], f"{origin}; {len(held)} of them held out"
 
 
 def input_size(recipe: Recipe) -> int:
@@ -84,11 +73,10 @@ def input_size(recipe: Recipe) -> int:
     return recipe.view or recipe.data.size // STRIDE * recipe.tokens.factor
 
 
-def pictures_of(recipe: Recipe, entries: Sequence[Entry]) -> Pictures:
+def pictures_of(recipe: Recipe, entries: Sequence[Entry], origin: str = "") -> Pictures:
     """Make the data set that gives pictures as the tokenizer's input."""
-    d = recipe.data
-    return Pictures(entries, size=d.size, short=d.short, input_size=input_size(recipe),
-                    seed=recipe.run.seed)  # fmt: skip
+    return Pictures(entries, recipe.data.clip_spec(), input_size=input_size(recipe),
+                    **sources.reading(recipe, origin))  # fmt: skip
 
 
 def stack(pictures: Pictures, every: int = 1) -> Tensor:
@@ -159,10 +147,12 @@ def score_and_draw(tokenizer: FrozenTokenizer, pictures: Tensor, strip: Path) ->
 def train(recipe: Recipe) -> tuple[TrainableTokenizer, list[dict[str, float]]]:
     """Run a tokenizer recipe; return the model and the record, one dict per step."""
     loop.set_up(recipe.run)
-    distributed.once_per_node(synthetic.render, needed=not recipe.data.image_root)
+    sources.check_sources(recipe)
+    sources.render_embedded(recipe)
     seed, folder = recipe.run.seed, Path(run_folder(recipe))
-    entries, held = split_entries(recipe)
-    pictures = pictures_of(recipe, entries)
+    entries, held, origin = split_entries(recipe)
+    pictures = pictures_of(recipe, entries, origin)
+    sources.print_origins({"image": pictures})
     items = Positions(pictures, seed=seed, stream=Stream.IMAGE, workers=recipe.data.workers)
     model = build_model(recipe, networks=True)
     if model.start_pictures:
@@ -182,7 +172,8 @@ def train(recipe: Recipe) -> tuple[TrainableTokenizer, list[dict[str, float]]]:
 
 
 def plan(recipe: Recipe) -> str:
-    """Describe a run before its first step: size, steps, cost; nothing is read."""
+    """Describe a run before its first step: size, steps, cost; only your own list is read."""
+    recipe, data = sources.plan_sources(recipe)
     side = input_size(recipe)
     grid = side // recipe.tokens.factor
     with torch.device("meta"):
@@ -201,7 +192,7 @@ def plan(recipe: Recipe) -> str:
         "steps": f"{total_steps(recipe.optim, expected):,}"
                  + (f" ({expected:,} pictures)" if expected else ""),
         "one picture": f"multiply-adds forward: {cost.amount(encoding.total + painting.total)}",
-        **model.notes,
+        **model.notes, **data,
     })  # fmt: skip
 
 

@@ -109,7 +109,7 @@ def test_status_is_0_where_all_are_good_and_2_where_nothing_can_be_checked(tmp_p
         ([str(tmp_path / "no.txt")], r"no\.txt: can't read this list"),
         ([str(listed), "--workers", "0"], "--workers is 1 or more"),
         ([str(listed), "--timeout", "soon"], "timeout.*soon"),
-        ([str(listed), "--report", str(listed)], "is no report of check_data"),
+        ([str(listed), "--report", str(listed)], "is not a report of check_data"),
         ([str(listed), "--report", str(tmp_path / "no" / "r.jsonl")], "No such file"),
     ):
         with pytest.raises((ValueError, OSError), match=message):  # the door's status 2

@@ -52,8 +52,11 @@ REFUSALS = {
     "impossible value": (["bevt_lib.finetune", "lesson_how", "--optim.lr", "-1"], "positive"),
     "wrong image size": (
         ["bevt_lib.pretrain", "lesson_image", "--data.size", "100"], "multiple of 32"),
-    "missing tokenizer": (["bevt_lib.pretrain", "paper_joint"], "with --tokens.weights"),
-    "missing start for fine-tuning": (["bevt_lib.finetune", "paper_ssv2"], "--run.init FILE"),
+    "missing tokenizer": (["bevt_lib.pretrain", "paper_image", "--data.image-root", "nowhere"],
+                          "with --tokens.weights"),
+    "missing start for fine-tuning": (
+        ["bevt_lib.finetune", "paper_ssv2", "--data.video-list", "a", "--data.val-list", "b"],
+        "--run.init FILE"),
     "missing weights": (
         ["bevt_lib.pretrain", "lesson_joint", "--run.init", "nowhere.safetensors"], "no weights"),
     "missing list": (
@@ -87,7 +90,8 @@ def test_a_bad_video_in_a_loader_process_ends_in_one_line(tmp_path):
     listed.write_text("broken.mp4 0\n")
     (tmp_path / "broken.mp4").write_text("no video")
     places = ["--data.video-root", str(tmp_path), "--run.folder", str(tmp_path / "run")]
-    result = run("bevt_lib.finetune", "lesson_how", "--data.video-list", str(listed), *places)
+    lists = ["--data.video-list", str(listed), "--data.val-list", str(listed)]
+    result = run("bevt_lib.finetune", "lesson_how", *lists, *places)
     assert result.returncode == 2
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ") and "broken.mp4" in last and "Traceback" not in result.stderr

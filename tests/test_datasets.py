@@ -16,6 +16,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from bevt_lib.base import files
+from bevt_lib.base.config import ClipSpec
 from bevt_lib.base.seeds import Stream
 from bevt_lib.cli import override
 from bevt_lib.datasets import augment, sources, synthetic, video
@@ -34,6 +35,8 @@ from bevt_lib.datasets.sources import hide_blocks, hide_tubes
 from bevt_lib.datasets.video import VideoError, write_video
 from bevt_lib.presets import paper_diving48, paper_k400, paper_ssv2
 
+SPEC = ClipSpec(frames=8, interval=1, size=96, short=(98, 112))
+
 
 @pytest.fixture(scope="module")
 def folder():
@@ -44,8 +47,7 @@ def folder():
 def clips(folder):
     hide = partial(hide_tubes, grid=(4, 6, 6), target=18, length=(0.5, 0.75))
     entries = read_list(folder / "how_val.txt", folder)
-    return PretrainClips(entries, frames=8, interval=1, size=96, short=(98, 112), input_size=48,
-                         mask=hide, seed=0)  # fmt: skip
+    return PretrainClips(entries, SPEC, input_size=48, mask=hide, seed=0)
 
 
 def same(a, b):
@@ -63,9 +65,9 @@ def test_a_sample_depends_on_its_key_alone(clips):
 
 def test_streams_do_not_draw_alike(folder):
     hide = partial(hide_blocks, grid=(6, 6), target=18)
-    settings = {"size": 96, "short": (98, 112), "input_size": 48, "mask": hide, "seed": 0}
+    settings = {"spec": replace(SPEC, frames=1), "input_size": 48, "mask": hide, "seed": 0}
     images = PretrainImages(read_image_folder(folder / "images" / "val"), **settings)
-    clips = PretrainClips(images.entries, frames=1, interval=1, **settings)
+    clips = PretrainClips(images.entries, **settings)
     masks = [(images.sample(0, i)["mask"], clips.mask) for i in range(3)]
     clips.read = images.read
     for index, (mask, _) in enumerate(masks):
@@ -103,8 +105,8 @@ def test_processes_share_a_global_batch_without_overlap(world):
 
 def test_labelled_clips_are_not_flipped_for_how(folder):
     entries = read_list(folder / "how_val.txt", folder, num_classes=8)
-    settings = {"frames": 8, "interval": 1, "size": 96, "short": (112, 112), "seed": 0}
-    plain = LabelledClips(entries, **settings, train=True, flip=False, crop="random")
+    spec = replace(SPEC, short=(112, 112))
+    plain = LabelledClips(entries, spec, seed=0, train=True, flip=False, crop="random")
     for epoch in range(6):
         out = plain.sample(epoch, 0)
         first = out["pixels"][0].astype(int)
@@ -118,10 +120,9 @@ def test_labelled_clips_are_not_flipped_for_how(folder):
 
 def test_views_are_clips_by_crops(folder):
     entries = read_list(folder / "what_val.txt", folder)
-    items = LabelledClips(entries, frames=8, interval=1, size=96, short=(98, 112), seed=0,
-                          train=False, flip=False)  # fmt: skip
-    views = items.views(0, 2, 3)
-    assert views.shape == (6, 8, 96, 96, 3)
+    items = LabelledClips(entries, replace(SPEC, clips=2, crops=3), seed=0, train=False)
+    views = items.test_views(0)
+    assert views.shape == (6, 8, 96, 96, 3) and np.array_equal(views, items.test_views(0, 2, 3))
     assert not np.array_equal(views[0], views[3])
     assert np.array_equal(items.sample(0, 0)["pixels"], items.sample(9, 0)["pixels"])
 
@@ -186,10 +187,10 @@ def frame_numbers(pixels, left=0):
     return np.rint(level.mean(1) / STEP).astype(int).tolist()
 
 
-def whole_crops(entries, interval=3, **settings):
+def whole_crops(entries, sampling="dense", **settings):
     """Labelled clips that are cropped at random from the films' own size."""
-    return LabelledClips(entries, frames=5, interval=interval, size=64, short=(64, 64), seed=0,
-                         **settings)  # fmt: skip
+    spec = ClipSpec(frames=5, interval=3, size=64, short=(64, 64), sampling=sampling)
+    return LabelledClips(entries, spec, seed=0, **settings)
 
 
 def test_a_training_clip_holds_every_third_frame_and_wraps(counting):
@@ -207,7 +208,7 @@ def test_a_training_clip_holds_every_third_frame_and_wraps(counting):
 
 def test_test_views_are_clip_by_clip_start_end_middle(counting):
     items = whole_crops(counting, train=False, flip=False)
-    views = items.views(1, 2, 3)
+    views = items.test_views(1, 2, 3)
     starts = eval_frames(40, 5, 3, 2)[:, 0]
     for view, (start, left) in zip(
         views, [(s, left) for s in starts for left in (0, 32, 16)], strict=True
@@ -217,7 +218,7 @@ def test_test_views_are_clip_by_clip_start_end_middle(counting):
     middle = eval_frames(40, 5, 3, 1)[0]
     assert frame_numbers(centre, 16) == middle.tolist()
     with pytest.raises(ValueError, match="1 or 3"):
-        items.views(1, 1, 2)
+        items.test_views(1, 1, 2)
 
 
 @pytest.mark.parametrize(("flip", "share"), [(False, (0, 0)), (True, (0.35, 0.65))])
@@ -233,8 +234,9 @@ def test_clips_are_flipped_as_a_whole_and_only_where_asked(counting, flip, share
 
 
 def test_pretraining_clips_take_frames_at_the_interval(counting):
-    clips = PretrainClips(counting, frames=4, interval=5, size=64, short=(64, 64), input_size=32,
-                          mask=lambda rng: np.zeros((2, 4, 4), bool), seed=0)  # fmt: skip
+    spec = ClipSpec(frames=4, interval=5, size=64, short=(64, 64))
+    hide = partial(np.zeros, (2, 4, 4), bool)
+    clips = PretrainClips(counting, spec, input_size=32, mask=lambda rng: hide(), seed=0)
     sample = clips.sample(0, 1)
     for part in ("pixels", "tokenizer_input"):
         grey = sample[part].astype(float).mean((1, 2, 3)) / STEP
@@ -266,11 +268,11 @@ def test_uniform_sampling_takes_a_frame_of_each_segment(counting, index):
     assert (np.abs(steps.mean(0) - (bounds[2:] - bounds[:-2]) / 2) < 1.3).all()
     tested = whole_crops(counting, train=False, **settings)
     middles = ((bounds[:-1] + bounds[1:]) // 2).tolist()
-    for view, left in zip(tested.views(index, 1, 3), (0, 32, 16), strict=True):
+    for view, left in zip(tested.test_views(index, 1, 3), (0, 32, 16), strict=True):
         assert frame_numbers(view, left) == middles
     assert frame_numbers(tested.sample(0, index)["pixels"], 16) == middles
     with pytest.raises(ValueError, match=r"1 test clip, not 4: --test-clips 1$"):
-        tested.views(index, 4, 3)
+        tested.test_views(index, 4, 3)
 
 
 def test_a_box_is_erased_last_and_nothing_else_changes(counting):
@@ -308,7 +310,7 @@ def test_paper_recipes_of_motion_read_a_list_as_released(counting, tmp_path, rec
     assert items.sample(0, 0)["pixels"].shape == (32, 224, 224, 3)  # of a film of 10 frames
     boxes = [(items.sample(e, 1)["pixels"] == (124, 116, 104)).all(-1)[0].mean() for e in range(24)]
     assert 1 <= sum(share > 0.015 for share in boxes) <= 12  # a quarter of them
-    views = sources.labelled_items(recipe, "test").views(1, recipe.test_clips, recipe.test_crops)
+    views = sources.labelled_items(recipe, "test").test_views(1)
     assert views.shape == (3, 32, 224, 224, 3)
     grey = views[2].astype(float).mean((1, 2, 3)) / STEP  # 0 to 39 from all over the film
     assert abs(grey[-1] - grey[0] - 38) <= 1
@@ -433,10 +435,10 @@ def test_other_errors_than_bad_files_are_raised(one_bad, monkeypatch, error):
 def test_a_decoder_that_hangs_is_timed_out(one_bad, tmp_path, monkeypatch, capfd, workers):
     frames = video.Video.frames
 
-    def hang(film, indices):
+    def hang(film, indices, decoder):
         if film.path.name == "hangs.mp4":
             time.sleep(30)
-        return frames(film, indices)
+        return frames(film, indices, decoder)
 
     monkeypatch.setattr(video.Video, "frames", hang)
     (tmp_path / "hangs.mp4").write_bytes(one_bad.entries[0].path.read_bytes())
@@ -499,11 +501,15 @@ def kinetics_film(tmp_path_factory):
     return path, every
 
 
-def test_pretraining_samples_equal_a_slow_plain_version(kinetics_film):
+@pytest.mark.parametrize("decoder", ["auto", "decord"])
+def test_pretraining_samples_equal_a_slow_plain_version(kinetics_film, decoder):
     """All frames decoded, all resized whole, then cut, mirrored and shrunk one by one."""
+    if decoder == "decord":
+        pytest.importorskip("decord")  # has no wheel for some machines
     path, every = kinetics_film
-    items = PretrainClips([Entry(path, -1)], frames=16, interval=8, size=224, short=(256, 320),
-                          input_size=112, mask=lambda rng: 0, seed=0, timeout=60)  # fmt: skip
+    spec = ClipSpec(frames=16, interval=8, size=224, short=(256, 320))
+    items = PretrainClips([Entry(path, -1)], spec, input_size=112, mask=lambda rng: 0, seed=0,
+                          timeout=60, decoder=decoder)  # fmt: skip
     flips = 0
     for epoch in range(6):
         rng = keyed(1, Stream.VIDEO, epoch, 0)
@@ -529,8 +535,8 @@ def test_pretraining_samples_equal_a_slow_plain_version(kinetics_film):
 
 def test_fine_tuning_samples_equal_a_slow_plain_version(kinetics_film):
     path, every = kinetics_film
-    items = LabelledClips([Entry(path, 7)], frames=32, interval=2, size=224, short=(256, 256),
-                          seed=0, train=True, flip=True, timeout=60)  # fmt: skip
+    spec = ClipSpec(frames=32, interval=2, size=224, short=(256, 256))
+    items = LabelledClips([Entry(path, 7)], spec, seed=0, train=True, flip=True, timeout=60)
     for epoch in range(6):
         rng = keyed(1, Stream.VIDEO, epoch, 0)
         frames = every[rng.integers(0, 150 - 32 * 2 + 1) + 2 * np.arange(32)]
@@ -572,7 +578,7 @@ def test_pictures_for_the_tokenizer_come_from_files_and_films(counting, tmp_path
     Image.fromarray(grey).save(tmp_path / "a.png")
     film = counting[1].path
     pictures = Pictures([Entry(tmp_path / "a.png", 0), Entry(film, 3), Entry(film, 30)],
-                        size=64, short=(64, 64), input_size=24, seed=0)  # fmt: skip
+                        replace(SPEC, size=64, short=(64, 64)), input_size=24, seed=0)  # fmt: skip
     views = [pictures.sample(1, i)["tokenizer_input"] for i in range(3)]
     assert all(view.shape == (24, 24, 3) for view in views)
     assert (views[0] == 77).all()

@@ -77,7 +77,7 @@ def test_the_numbers_are_those_of_a_slow_loop_and_of_sklearn(own):
     items = sources.labelled_items(recipe, "test")
     slow = []
     for index in range(len(items)):
-        views = [torch.from_numpy(view)[None] for view in items.views(index, 3, 1)]
+        views = [torch.from_numpy(view)[None] for view in items.test_views(index, 3, 1)]
         shares = [torch.softmax(model.logits(normalise(view)), dim=-1)[0] for view in views]
         slow.append(sum(shares) / 3)
     slow = torch.stack(slow).numpy()

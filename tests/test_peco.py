@@ -378,7 +378,7 @@ def test_peco_trains_looks_and_leaves_a_tokenizer(perceptual, tmp_path):
     assert [e["step"] for e in history if "val/psnr" in e] == [1, 3]
     assert ("picture/perceptual" in history[0]) == (perceptual != "none")
     made = load_tokenizer(run / "tokenizer.safetensors")
-    _, held = train_tokenizer.split_entries(lesson_peco())
+    _, held, _ = train_tokenizer.split_entries(lesson_peco())
     pictures = train_tokenizer.stack(train_tokenizer.pictures_of(lesson_peco(), held))
     painted = made.decode(made.encode(pictures))
     assert history[-1]["val/psnr"] == pytest.approx(psnr(pictures, painted), abs=1e-4)
@@ -398,7 +398,7 @@ def test_a_folder_of_ones_own_is_trained_on_but_for_what_is_held_out(tmp_path):
             cv2.imwrite(str(tmp_path / "own" / kind / f"{i}.png"), picture)
     own = ["--data.image-root", str(tmp_path / "own")]
     recipe = train_tokenizer.choose(TRAIN_TOKENIZER, ["lesson_peco", *own], "train_tokenizer")
-    train, held = train_tokenizer.split_entries(recipe)
+    train, held, _ = train_tokenizer.split_entries(recipe)
     assert len(train) + len(held) == 200 and not set(train) & set(held) and 64 <= len(held) <= 100
     _, history = quick(tmp_path, "lesson_peco", "--perceptual", "none", "--optim.images", "4",
                        "--optim.steps", "2", *own)  # fmt: skip

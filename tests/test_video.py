@@ -4,9 +4,11 @@ import gc
 import os
 import re
 import struct
+import sys
 import threading
 import time
 from fractions import Fraction
+from importlib.util import find_spec
 from pathlib import Path
 
 import av
@@ -121,7 +123,7 @@ def test_a_video_cut_off_in_its_middle_is_not_read_as_garbage(tmp_path):
 def test_bad_pictures_and_odd_sides_are_refused(tmp_path, clip):
     (tmp_path / "a.jpg").write_bytes(b"\xff\xd8 nothing")
     for name in ("a.jpg", "missing.jpg"):
-        with pytest.raises(ValueError, match="no readable picture"):
+        with pytest.raises(ValueError, match="not a readable picture"):
             read_image(tmp_path / name)
     with pytest.raises(ValueError, match="even sides"):
         write_video(tmp_path / "a.mp4", clip[:, :95])
@@ -158,15 +160,20 @@ def five_line_decode(path, indices):
     return np.stack([every[i] for i in indices])
 
 
-def encode(path, frames, codec="libx264", options=None, muxer=None):
-    """Write uint8 (T, H, W, 3) in any codec and container."""
+def encode(path, frames, codec="libx264", options=None, muxer=None, pixels="yuv420p", times=None):
+    """Write uint8 (T, H, W, 3) in any codec and container; ``times``: of the frames, ms."""
     with av.open(str(path), "w", options=muxer or {}) as container:
-        stream = container.add_stream(codec, rate=8)
+        stream = container.add_stream(codec, rate=25 if "mpeg" in codec else 8)
         stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
+        stream.pix_fmt = pixels
         stream.options = options or {}
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        if times is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for number, frame in enumerate(frames):
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            if times is not None:
+                picture.pts, picture.time_base = int(times[number]), Fraction(1, 1000)
+            container.mux(stream.encode(picture))
         container.mux(stream.encode())
 
 
@@ -188,9 +195,10 @@ def test_decord_gives_the_same_pixels(tmp_path, pan, length, gop):
     expected = five_line_decode(tmp_path / "a.mp4", chosen)
     reader = decord.VideoReader(str(tmp_path / "a.mp4"), num_threads=1)
     assert np.array_equal(reader.get_batch(chosen).asnumpy(), expected)
-    film = Video(tmp_path / "a.mp4")
-    assert len(film) == length and np.array_equal(film.frames(chosen), expected)
-    assert np.array_equal(film.frames(chosen[::-1]), expected[::-1])  # once more
+    for decoder in ("auto", "pyav", "decord"):
+        film = Video(tmp_path / "a.mp4")
+        assert len(film) == length and np.array_equal(film.frames(chosen, decoder), expected)
+        assert np.array_equal(film.frames(chosen[::-1], decoder), expected[::-1])  # once more
 
 
 X264 = [
@@ -224,6 +232,140 @@ def test_frames_that_are_left_out_change_no_other(tmp_path, pan, name, codec, op
         chosen = (first + step * np.arange(1 + number)) % 100
         assert np.array_equal(film.frames(chosen), every[chosen])
         assert np.array_equal(Video(tmp_path / name).frames(chosen), every[chosen])
+
+
+VP9 = {"deadline": "realtime", "cpu-used": "8"}
+UNEVEN = np.cumsum(np.random.default_rng(1).integers(20, 200, 100))  # ms, of a variable frame rate
+X265 = {"x265-params": "keyint=30:bframes=4:log-level=none"}
+SAME = [  # beside KINDS: name, codec, options, and what else encode takes
+    ("a.mov", "libx264", {"g": "12"}, {}),
+    ("a.flv", "libx264", {"bf": "2", "g": "12"}, {}),
+    ("a.mp4", "libx264", {"g": "10"}, {"muxer": {"movflags": "frag_keyframe+empty_moov"}}),
+    ("a.mp4", "libx264", {"x264-params": "fullrange=on:colormatrix=bt709"}, {}),
+    *(("a.mp4", "libx264", {}, {"pixels": pixels}) for pixels in ("yuvj420p", "yuv422p", "gray")),
+    *((f"a.{kind}", "libx264", {"g": "12"}, {"times": UNEVEN}) for kind in ("mp4", "mkv")),
+    ("a.mp4", "libx264", {}, {"times": 3000 + 125 * np.arange(100)}),  # starts late
+    ("a.webm", "libvpx-vp9", VP9, {"times": UNEVEN}),
+    ("a.mkv", "libx265", X265, {}),
+    ("a.mp4", "libx265", {"x265-params": "open-gop=0:keyint=20:log-level=none"}, {}),
+    ("a.avi", "mpeg4", {"bf": "2", "g": "15"}, {}),
+    ("a.mpg", "mpeg1video", {}, {}),
+    ("a.mpg", "mpeg2video", {"bf": "2"}, {}),
+    ("a.avi", "mjpeg", {}, {"pixels": "yuvj422p"}),
+    ("a.mov", "prores_ks", {}, {"pixels": "yuv422p10le"}),
+    ("a.wmv", "wmv2", {}, {}),
+    ("a.flv", "flv", {}, {}),
+]
+OTHER = [  # what decord reads differently, or not
+    ("a.ts", "libx264", {"x264-params": "interlaced=1:keyint=30"}, {}, "an MPEG transport stream"),
+    ("a.ts", "mpeg2video", {}, {}, "differently|can't read"),
+    ("a.mp4", "libx264", {"x264-params": "interlaced=1:tff=1"}, {}, "interlaced"),
+    ("a.mp4", "libx265", X265, {"pixels": "yuv420p10le"}, "pixel format yuv420p10le"),
+    ("a.mp4", "libx264rgb", {}, {"pixels": "rgb24"}, "pixel format gbrp"),
+    ("a.mp4", "libsvtav1", {"svtav1-params": "preset=10"}, {}, "can't read this video"),
+    ("a.gif", "gif", {}, {"pixels": "rgb8"}, "can't read this video"),
+    ("a.apng", "apng", {}, {"pixels": "rgb24"}, "can't read this video"),
+]
+
+
+def by_both(path, length, seed=0):
+    """Read frames of many spreads by both decoders, each time from a file newly opened."""
+    rng = np.random.default_rng(seed)
+    for number in range(12):
+        first, step = rng.integers(0, length), rng.integers(1, 9)
+        chosen = (first + step * np.arange(1 + number)) % length
+        ours, theirs = (Video(path).frames(chosen, decoder) for decoder in ("pyav", "decord"))
+        assert np.array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options", "more"),
+    [(*kind, {}) for kind in KINDS if "interlaced" not in str(kind)] + SAME,
+    ids=lambda v: str(v)[:40],
+)
+def test_decord_reads_every_kind_it_can_as_pyav_does(tmp_path, pan, name, codec, options, more):
+    """B-frames, open and closed GOPs, moving start times, whatever decord's own seeking loses."""
+    pytest.importorskip("decord")  # has no wheel for some machines
+    if codec not in av.codecs_available:
+        pytest.skip(f"PyAV comes without {codec}")
+    for length in (100, 20) if name[2:] in ("flv", "mpg", "wmv") or more else (100, 20, 1):
+        encode(tmp_path / name, pan[:length], codec, options, **more)
+        by_both(tmp_path / name, length)
+
+
+@pytest.mark.parametrize("matrix", [(0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0), (-1, 0, 0, 1)])
+def test_decord_turns_videos_as_pyav_does(tmp_path, pan, matrix):
+    pytest.importorskip("decord")  # has no wheel for some machines
+    encode(tmp_path / "a.mp4", pan[:20])
+    set_matrix(tmp_path / "a.mp4", matrix)
+    by_both(tmp_path / "a.mp4", 20)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options", "more", "reason"), OTHER, ids=lambda v: str(v)[:40]
+)
+def test_what_decord_reads_differently_is_refused(
+    tmp_path, pan, capfd, name, codec, options, more, reason
+):
+    pytest.importorskip("decord")  # has no wheel for some machines
+    if codec not in av.codecs_available:
+        pytest.skip(f"PyAV comes without {codec}")
+    encode(tmp_path / name, pan[:30], codec, options, **more)
+    refused(tmp_path / name, reason)
+    lines = capfd.readouterr().err.splitlines()
+    assert not [line for line in lines if not line.startswith(("Svt", "x265"))]  # the encoders'
+
+
+def refused(path, reason):
+    """Assert that a file is read by PyAV, and refused by decord in one line."""
+    read_frames(path, lambda total: [total - 1], 60)
+    with pytest.raises(
+        BadFile, match=rf"{path.name}: decord.*({reason}).*--data.decoder pyav"
+    ) as e:
+        read_frames(path, lambda total: [0, total - 1], 60, "decord")
+    assert "\n" not in str(e.value)
+
+
+def test_decord_refuses_odd_sides_and_several_streams(tmp_path, pan):
+    pytest.importorskip("decord")  # has no wheel for some machines
+    encode(tmp_path / "odd.webm", pan[:20, :95, :127], "libvpx-vp9", VP9)
+    refused(tmp_path / "odd.webm", "odd sides, 127x95")
+    encode(tmp_path / "full.mp4", pan[:20, :95, :127], pixels="yuv444p")
+    by_both(tmp_path / "full.mp4", 20)
+    with av.open(str(tmp_path / "two.mkv"), "w") as container:
+        streams = [container.add_stream("libx264", rate=8) for _ in range(2)]
+        for stream, side in zip(streams, (64, 96), strict=True):
+            stream.height = stream.width = side
+            stream.pix_fmt = "yuv420p"
+        for frame in pan[:10]:
+            for stream in streams:
+                picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+                container.mux(stream.encode(picture.reformat(stream.width, stream.height)))
+        for stream in streams:
+            container.mux(stream.encode())
+    refused(tmp_path / "two.mkv", "several video streams")
+
+
+def test_bad_files_are_the_same_to_decord(tmp_path):
+    """PyAV checks the file before decord opens it."""
+    pytest.importorskip("decord")  # has no wheel for some machines
+    for kind in ("missing", "truncated", "no video", "empty", "zero frames"):
+        path = bad_file(tmp_path, kind)
+        errors = []
+        for decoder in ("pyav", "decord"):
+            with pytest.raises(VideoError) as error:
+                read_frames(path, lambda total: [0], 60, decoder)
+            errors.append((str(error.value), error.value.kind))
+        assert errors[0] == errors[1]
+        path.unlink(missing_ok=True)
+
+
+def test_decord_where_it_is_not_installed_is_no_bad_file(monkeypatch):
+    monkeypatch.setitem(sys.modules, "decord", None)
+    with pytest.raises(ValueError, match="decord isn't installed") as error:
+        read_frames(FILM, lambda total: [0], 60, "decord")
+    assert not isinstance(error.value, BadFile)
+    assert read_frames(FILM, lambda total: [0], 60, "auto").shape[0] == 1
 
 
 def test_frames_not_asked_for_are_neither_converted_nor_all_decoded(tmp_path, pan, monkeypatch):
@@ -379,7 +521,18 @@ def test_a_clip_cut_from_a_film_without_decoding_starts_where_it_says(tmp_path, 
                 cut.mux(packet)
     clip = Video(tmp_path / "cut.mp4")
     assert len(clip) == 25
+    if find_spec("decord"):
+        refused(tmp_path / "cut.mp4", "it counts 30 frames, not 25")
     assert np.array_equal(clip.frames([0, 24]), Video(tmp_path / "film.mp4").frames([5, 29]))
+
+
+def set_matrix(path, matrix):
+    """Write a turn into an mp4's track header."""
+    content = bytearray(path.read_bytes())
+    at = content.index(b"tkhd") + 44
+    a, b, c, d = (v << 16 for v in matrix)
+    content[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(content)
 
 
 @pytest.mark.parametrize("length", [16, 100])
@@ -388,11 +541,7 @@ def test_a_telephone_held_upright_gives_upright_frames(tmp_path, pan, length, ma
     """The turn written into an mp4's track header is applied, by whichever decoder."""
     encode(tmp_path / "a.mp4", pan[:length])
     level = Video(tmp_path / "a.mp4").frames([3])[0]
-    content = bytearray((tmp_path / "a.mp4").read_bytes())
-    at = content.index(b"tkhd") + 44
-    a, b, c, d = (v << 16 for v in matrix)
-    content[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
-    (tmp_path / "a.mp4").write_bytes(content)
+    set_matrix(tmp_path / "a.mp4", matrix)
     turned = Video(tmp_path / "a.mp4").frames([3])[0]
     assert turned.shape == np.rot90(level, turns).shape
     assert np.abs(turned.astype(int) - np.rot90(level, turns)).mean() < 1
@@ -423,7 +572,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, clip, monkeypatch):
     def fail(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(video.os, "replace", fail)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(KeyboardInterrupt):
         write_video(tmp_path / "a.mp4", clip[::-1])
     assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
@@ -441,7 +590,7 @@ def test_pictures_are_read_as_opencv_reads_them_and_cut_ones_refused(tmp_path, p
     capfd.readouterr()
     for share in (0.0, 0.1, 0.5, 0.95):
         path.write_bytes(content[: int(len(content) * share)])
-        with pytest.raises(ValueError, match="no readable picture") as error:
+        with pytest.raises(ValueError, match="not a readable picture") as error:
             read_image(path)
         assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
     assert capfd.readouterr().err == ""

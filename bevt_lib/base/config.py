@@ -37,10 +37,18 @@ class ClipSpec:
     clips: int = 1  # views in time
     crops: int = 1  # and in space
 
+    def __post_init__(self) -> None:
+        if self.sampling not in ("dense", "uniform"):
+            raise ValueError(f"sampling must be dense or uniform, got {self.sampling!r}")
+        if self.crops not in (1, 3):
+            raise ValueError(f"test crops must be 1 or 3, got {self.crops}")
+        if self.sampling == "uniform" and self.clips != 1:
+            raise ValueError(f"uniform sampling has 1 test clip, not {self.clips}: --test-clips 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """What is read. Empty paths mean the embedded clips and pictures."""
+    """What is read; ``datasets.sources`` decides from where."""
 
     frames: int = 16  # frames of a clip
     interval: int = 8  # frames between two sampled ones
@@ -58,12 +66,14 @@ class Data:
     checked: tuple[str, ...] = ()  # reports of check_data: what they call bad is left out
     bad_share: float = 0.01  # stop where more of the items seen had to be replaced: 0 to 1
     decoder: str = "auto"  # of videos: pyav, decord; auto: pyav, the faster in bench
-    embedded: bool = True  # embedded clips and pictures stand in where no list or root is given
+    embedded: bool = True  # where no list or root is given, read the embedded clips and pictures
     timeout: float = 60.0  # seconds after which reading a file is given up; 0: never
     workers: int = 1  # loader processes per stream and process
     expected_items: int = 0  # items in the first stream's data set, for the plan of a run
 
     def __post_init__(self) -> None:
+        if self.decoder not in ("auto", "pyav", "decord"):
+            raise ValueError(f"data.decoder is auto, pyav or decord, got {self.decoder!r}")
         if not 0 <= self.bad_share <= 1 or self.timeout < 0:
             raise ValueError("bad_share is a share of the items, 0 to 1, timeout 0 or more seconds")
 

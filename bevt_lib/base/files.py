@@ -1,4 +1,4 @@
-"""Files of tensors that may be damaged, cut short or hostile: read safely, written whole."""
+"""Files: tensors that may be damaged, truncated or hostile are read safely; writes are atomic."""
 
 import contextlib
 import hashlib
@@ -7,7 +7,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,37 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-DIGEST = "tensors_sha256"  # in a header: what :func:`digest` gave for the tensors written
+DIGEST = "tensors_sha256"  # key of a header: the :func:`digest` of the tensors written
+
+
+@contextlib.contextmanager
+def replace_file(path: Path, *, sync: bool = False) -> Iterator[Path]:
+    """Give a temporary path to write to; once written, that file replaces ``path``.
+
+    Whatever interrupts the write, ``path`` is the whole old file or the whole new one. With
+    ``sync`` the new bytes reach the disk first, so that this holds after a power cut too.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        if sync:
+            with part.open("rb+") as written:
+                os.fsync(written.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def read_pickle(path: Path, allowed: Sequence[Any]) -> Any:
-    """Read a torch pickle that names nothing but tensors, plain values and ``allowed`` classes.
+    """Read a torch pickle that holds only tensors, plain values and ``allowed`` classes.
 
-    No code from the file is run: a pickle that names anything else is refused whole. Raises
+    No code from the file is run: a pickle that asks for anything else is refused. Raises
     ValueError in one line for a damaged or refused file.
     """
     try:
         with torch.serialization.safe_globals(list(allowed)), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a pickle protocol that the next line refuses
+            warnings.simplefilter("ignore")  # about a pickle protocol that the next line refuses
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL (\S+)|(?:global|class|type) `?([\w.]+\.[\w.]+)", str(error))
@@ -38,15 +57,15 @@ def read_pickle(path: Path, allowed: Sequence[Any]) -> Any:
     except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, OSError) as error:
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else "it ends early"
         raise ValueError(
-            f"{path} is damaged or no PyTorch checkpoint ({reason}): fetch or copy it again"
+            f"{path} is damaged or not a PyTorch checkpoint ({reason}): download or copy it again"
         ) from None
 
 
 def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Read a safetensors file: its header's entries and its tensors.
+    """Read a safetensors file: the entries of its header, and its tensors.
 
-    Raises ValueError in one line for another kind of file, and where the tensors aren't those that
-    :func:`write_tensors` wrote.
+    Raises ValueError in one line for another kind of file, and for tensors that differ from those
+    that :func:`write_tensors` wrote.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -54,32 +73,27 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(
-            f"{path} is not a readable safetensors file ({error}): look whether a web page or a "
-            "log was saved under that name"
+            f"{path} is not a readable safetensors file ({error}): check whether a web page or "
+            "a log was saved under that name"
         ) from None
     if DIGEST in header and header[DIGEST] != digest(tensors):
-        raise ValueError(f"{path} is damaged (its tensors' checksum doesn't hold): copy it again")
+        raise ValueError(f"{path} is damaged (checksum mismatch of its tensors): copy it again")
     return header, tensors
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
     """Write a safetensors file atomically, with the digest of its tensors in the header."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with replace_file(path) as part:
         save_tensors(tensors, part, {**header, DIGEST: digest(tensors)})
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def save_tensors(
     tensors: Mapping[str, Tensor], path: Path, header: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file in place, readable for whom files made here are readable.
+    """Write a safetensors file in place, with the default file mode.
 
-    By itself safetensors 0.8 lets nobody but the owner read, so that no colleague could go on from
-    a checkpoint.
+    By itself safetensors 0.8 makes a file that only its owner can read, so that no colleague could
+    continue from a checkpoint.
     """
     path.touch()
     mode = path.stat().st_mode
@@ -90,7 +104,7 @@ def save_tensors(
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Sum up the tensors' names, types, shapes and values: SHA-256 in hex."""
+    """Hash the names, types, shapes and values of tensors: SHA-256 in hex."""
     total = hashlib.sha256()
     for name, value in sorted(tensors.items()):
         total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -100,7 +114,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def sha256(path: Path) -> str:
-    """Sum up a file's bytes, in hex."""
+    """Hash the bytes of a file: SHA-256 in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -13,11 +13,8 @@ from torchvision.transforms import v2
 from bevt_lib.base.seeds import Purpose, seeded_globals
 from bevt_lib.model.normalisation import MEAN
 
-INTERPOLATION = {
-    "bilinear": cv2.INTER_LINEAR,
-    "bicubic": cv2.INTER_CUBIC,
-    "lanczos": cv2.INTER_LANCZOS4,
-}
+INTERPOLATION = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC,
+                 "lanczos": cv2.INTER_LANCZOS4}  # fmt: skip
 
 
 def resize(frames: np.ndarray, size: tuple[int, int], interpolation: str) -> np.ndarray:
@@ -108,8 +105,8 @@ def flip(frames: np.ndarray) -> np.ndarray:
 def colour_jitter(frames: np.ndarray, rng: np.random.Generator, strength: float) -> np.ndarray:
     """Change brightness, contrast and saturation by factors in 1 -+ ``strength``, in random order.
 
-    The released code cuts to uint8 at the end where ours rounds, half a grey level on average, and
-    draws the order once per run.
+    The released code truncates to uint8 at the end where ours rounds (half a grey level on average)
+    and draws the order once per run.
     """
     x = frames.astype(np.float32)
     grey = np.array([0.299, 0.587, 0.114], dtype=np.float32)
@@ -160,9 +157,9 @@ def erase_box(frames: np.ndarray, share: float, rng: np.random.Generator) -> np.
 
 
 def tokenizer_input(frames: np.ndarray, size: int) -> np.ndarray:
-    """Shrink a crop to the tokenizer's square view: OpenCV LANCZOS4, no antialiasing, as released.
+    """Shrink a crop to the tokenizer's square input: OpenCV LANCZOS4, no antialiasing, as released.
 
-    PIL's Lanczos gives other pixels, and so other ids.
+    PIL's Lanczos gives different pixels, and so different token ids.
     """
     return resize(frames, (size, size), "lanczos")
 
@@ -176,7 +173,7 @@ def pretraining_views(
     *,
     jitter: float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Make both views of one crop: pixels (T, size, size, 3), view (T, input_size, input_size, 3).
+    """Cut one crop: (T, size, size, 3), and the same for the tokenizer (input_size for size).
 
     The short side is resized (bicubic) to a random integer in ``short``, both included; then
     colour jitter, random crop, a flip in every second clip. Source: released pretraining configs.

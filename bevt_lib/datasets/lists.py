@@ -1,7 +1,7 @@
 """Lists of videos and pictures, in the forms in which the sets are published.
 
 Kinetics (`path label` and the official CSV), Something-Something-V2 and Diving48 (official JSON),
-ImageNet (folders and `path label`). A list's bad entries are left out by ``check_data``'s report.
+ImageNet (folders and `path label`). Entries that ``check_data`` reported as bad are left out.
 """
 
 import csv
@@ -16,11 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bevt_lib.base import distributed
-
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-VIDEOS = ("mp4", "webm", "mkv", "avi")  # of a video that is there twice, the first kind is taken
-DEPTH = 3  # folders below the root in which videos are looked for: split/class/part
+VIDEOS = ("mp4", "webm", "mkv", "avi")  # if a video exists twice, the earlier kind is taken
+DEPTH = 3  # levels of folders below the root that are searched for videos: split/class/part
 
 
 class Entry(NamedTuple):
@@ -31,10 +29,10 @@ class Entry(NamedTuple):
 
 
 class Entries(Sequence[Entry]):
-    """Entries packed into three arrays: 1.28 M of ImageNet's take 72 MB, where a list takes 490.
+    """Entries packed into three arrays: ImageNet's 1.28 M take 72 MB instead of a list's 490 MB.
 
-    Forked loader processes share them, but end up with a copy each of a list's Python objects,
-    since looking at an object counts its references.
+    Forked loader processes share the arrays. Of a list each would end up with its own copy, since
+    reading a Python object writes its reference count.
     """
 
     def __init__(self, entries: Iterable[Entry]):
@@ -47,9 +45,9 @@ class Entries(Sequence[Entry]):
         return len(self.labels)
 
     def fingerprint(self) -> str:
-        """Tell what an order depends on: how many entries, and a digest of names and labels.
+        """Sum up what an order depends on: how many entries, and a digest of names and labels.
 
-        Names without their folders, which may move.
+        Names are taken without their folders, which may move.
         """
         total = hashlib.sha256(self.labels.tobytes())
         for start, end in itertools.pairwise(self.ends.tolist()):
@@ -71,7 +69,7 @@ class Record(NamedTuple):
     path: str  # under the root folder
     ok: bool
     frames: int = 0
-    kind: str = ""  # of what is wrong: missing, truncated, undecodable, hanging, crashing
+    kind: str = ""  # what is wrong: missing, truncated, undecodable, hanging, crashing
     reason: str = ""
 
 
@@ -83,9 +81,9 @@ def read_entries(
     labelled: bool = True,
     class_list: str = "",
 ) -> list[Entry]:
-    """Read any list of videos under ``root``; its form is told by its suffix and its content.
+    """Read any list of videos under ``root``; its suffix and content tell its format.
 
-    A video that isn't there gets the path it should have, for ``check_data`` to report. Without
+    A missing video gets the path it should have, for ``check_data`` to report. Without
     ``labelled`` labels may be missing (-1). Raises ValueError naming file, entry and fix.
     """
     path, root = Path(path), Path(root)
@@ -93,7 +91,7 @@ def read_entries(
     if path.suffix.lower() == ".json":
         rows = _json(path, text)
         if not isinstance(rows, list) or not rows or not isinstance(rows[0], dict):
-            raise ValueError(f"{path}: is no list of videos: give the official JSON of a split")
+            raise ValueError(f"{path}: is not a list of videos: give the official JSON of a split")
         named = _json_rows(path, rows, labelled)
         unit = "entry"
     elif path.suffix.lower() == ".csv" and "youtube_id" in text.partition("\n")[0]:
@@ -105,10 +103,10 @@ def read_entries(
     if labelled:
         names = sorted({label for _, label in named if isinstance(label, str)})
         if names and not classes:
-            # Kinetics numbers its classes in alphabetical order, which a part of them doesn't tell.
+            # Kinetics numbers its classes alphabetically: a part of them doesn't give the numbers.
             if unit == "entry" or num_classes not in (None, len(names)):
                 raise ValueError(
-                    f"{path}: names {len(names)} classes and no class numbers: give all "
+                    f"{path}: has {len(names)} class names but no numbers: give all "
                     f"{num_classes or ''} names with --data.class-list (Something-Something: "
                     "labels.json; or one name a line)"
                 )
@@ -126,7 +124,7 @@ def read_entries(
     stems = [stem for stem, _ in named]
     if not any(stem in found for stem in stems):
         raise ValueError(
-            f"{path}: none of its {len(stems)} videos (such as {stems[0]}.mp4) lies under {root}: "
+            f"{path}: none of its {len(stems)} videos (such as {stems[0]}.mp4) is under {root}: "
             "set the root folder (--data.video-root)"
         )
     paths = (found.get(stem) or root / f"{stem}.{VIDEOS[0]}" for stem in stems)
@@ -146,7 +144,7 @@ def _number(label: Any, classes: Mapping[str, int], num_classes: int | None, whe
 
 
 def _kinetics_rows(path: Path, text: str, labelled: bool) -> list[tuple[str, Any]]:
-    """Read the official CSV: names of files, ``<id>_<start>_<end>``, and of classes."""
+    """Read the official CSV: names of files, ``<id>_<start>_<end>``, and names of classes."""
     reader = csv.DictReader(text.splitlines())
     columns = ["label"] * labelled + ["youtube_id", "time_start", "time_end"]
     missing = [c for c in columns if c not in (reader.fieldnames or ())]
@@ -162,9 +160,10 @@ def _kinetics_rows(path: Path, text: str, labelled: bool) -> list[tuple[str, Any
             if not all(row[c] for c in columns):
                 raise ValueError
         except (TypeError, ValueError):
+            shown = ",".join(str(v) for v in row.values())[:60]
             raise ValueError(
-                f"{path}, row {number}: {','.join(str(v) for v in row.values())[:60]!r} lacks one "
-                f"of {', '.join(columns)}: download the list again"
+                f"{path}, row {number}: {shown!r} lacks one of {', '.join(columns)}: download the "
+                "list again"
             ) from None
         named.append((f"{row['youtube_id']}_{start:06d}_{end:06d}", row.get("label")))
     if not named:
@@ -173,7 +172,7 @@ def _kinetics_rows(path: Path, text: str, labelled: bool) -> list[tuple[str, Any
 
 
 def _json_rows(path: Path, rows: list[dict], labelled: bool) -> list[tuple[str, Any]]:
-    """Read official JSON: Diving48's (numbers) or Something-Something's (templates)."""
+    """Read official JSON: Diving48's (class numbers) or Something-Something's (templates)."""
     diving = "vid_name" in rows[0]
     keys = ("vid_name", "label") if diving else ("id", "template")
     kinds = (str, int) if diving else (str, str)
@@ -209,16 +208,16 @@ def read_classes(path: Path) -> dict[str, int]:
         classes = {}
     if not classes or sorted(classes.values()) != list(range(len(classes))):
         raise ValueError(
-            f"{path}: is no list of different classes numbered 0, 1, 2, ...: give labels.json, or "
-            "one name a line"
+            f"{path}: is not a list of different classes numbered 0, 1, 2, ...: give labels.json, "
+            "or one name a line"
         )
     return classes
 
 
 def find_videos(root: Path) -> dict[str, Path]:
-    """Find the videos under ``root`` by name without suffix. No file is opened or asked for.
+    """Find the videos under ``root`` by name without suffix, from directory listings alone.
 
-    The same on every machine: of two of a name the one of the earlier suffix, then path, is taken.
+    The same on every machine: of two with one name, the earlier suffix, then path, is taken.
     """
     best: dict[str, tuple[int, str]] = {}
     top = str(root).count(os.sep)
@@ -270,7 +269,7 @@ def read_list(
 def read_image_folder(root: Path) -> list[Entry]:
     """List pictures in the ImageNet layout root/<class>/<picture>, sorted.
 
-    Raises ValueError where the folder is missing or holds no picture.
+    Raises ValueError for a folder that is missing or has no pictures.
     """
     root = Path(root)
     found: Iterable[os.DirEntry[str]] = os.scandir(root) if root.is_dir() else ()
@@ -289,7 +288,7 @@ def read_image_folder(root: Path) -> list[Entry]:
 def read_report(path: Path) -> dict[str, Record]:
     """Read a report of ``check_data``: the last record of each path.
 
-    A line cut short by a kill is passed over. Raises ValueError where no line is a record.
+    A line cut short by a kill is skipped. Raises ValueError where no line is a record.
     """
     records = {}
     lines = _text(path).splitlines()
@@ -300,25 +299,30 @@ def read_report(path: Path) -> dict[str, Record]:
             continue
         records[record.path] = record
     if lines and not records:
-        raise ValueError(f"{path}: is no report of check_data: give the file it wrote")
+        raise ValueError(f"{path}: is not a report of check_data: give the file it wrote")
     return records
 
 
-def leave_out_bad(entries: Sequence[Entry], reports: Iterable[str], root: Path) -> list[Entry]:
-    """Leave out the entries that reports of ``check_data`` call bad; rank 0 prints how many."""
-    kept = list(entries)
+def leave_out_bad(
+    entries: Sequence[Entry], reports: Iterable[str], root: Path
+) -> tuple[list[Entry], list[str]]:
+    """Leave out the entries that reports of ``check_data`` call bad.
+
+    Also gives a line per report that knows any of the entries: how many are bad or not checked.
+    """
+    kept, lines = list(entries), []
     for report in reports:
         records = {Path(root) / name: r.ok for name, r in read_report(Path(report)).items()}
         known = [records.get(entry.path) for entry in kept]
         kept = [entry for entry, ok in zip(kept, known, strict=True) if ok is not False]
-        if distributed.rank() == 0 and any(ok is not None for ok in known):
-            print(
+        if any(ok is not None for ok in known):
+            lines.append(
                 f"{report}: {known.count(False)} of {len(known)} entries are bad and left out, "
                 f"{known.count(None)} were not checked"
             )
     if not kept:
         raise ValueError(f"all {len(entries)} entries are bad by --data.checked: check them again")
-    return kept
+    return kept, lines
 
 
 def _text(path: Path) -> str:
@@ -334,5 +338,5 @@ def _json(path: Path, text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"{path}, line {error.lineno}: is no JSON ({error.msg}): download it again"
+            f"{path}, line {error.lineno}: is not valid JSON ({error.msg}): download it again"
         ) from None

@@ -1,18 +1,196 @@
-"""Where a stream's items come from: lists and folders of one's own, or the embedded clips."""
+"""Where a stream's items come from: your own lists and folders, or the embedded data.
+
+The one place that decides, for every command and each stream. A list or folder that is given makes
+the stream your own. Without one, presets with ``data.embedded`` (lesson_*, small_*) read the
+embedded clips and pictures, and the others (paper_*) refuse to start.
+"""
 
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from random import Random
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from bevt_lib.base.config import Finetune, Pretrain
-from bevt_lib.datasets import synthetic
-from bevt_lib.datasets.items import LabelledClips, PretrainClips, PretrainImages
-from bevt_lib.datasets.lists import leave_out_bad, read_entries, read_image_folder, read_list
+from bevt_lib.base import distributed
+from bevt_lib.base.config import Finetune, Pretrain, Recipe
+from bevt_lib.base.files import data_folder
+from bevt_lib.datasets import lists, synthetic
+from bevt_lib.datasets.items import Clips, LabelledClips, PretrainClips, PretrainImages
+from bevt_lib.datasets.lists import Entry
+from bevt_lib.datasets.synthetic import CLASSES, CLIPS, STILLS
+from bevt_lib.datasets.video import Video, import_decord
 from bevt_lib.model.bevt import STRIDE
 from bevt_lib.model.masking import block_mask, tube_mask
+
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
+Lines = dict[str, str]
+UNITS = {"video": "clips", "clip": "clips", "image": "pictures"}
+FIELDS = {  # of the data section that a stream of one's own reads
+    "video": ("video_list", "video_root"),
+    "image": ("image_list", "image_root"),
+    "clip": ("video_list", "val_list", "video_root", "class_list"),
+}
+FILM_STEP = 8  # every eighth film frame is a training picture of a tokenizer
+PHOTO_REPEATS = 6  # photos are few beside the stills
+
+
+class Place(NamedTuple):
+    """Where a split of a stream is read from."""
+
+    own: bool  # False: from the embedded data
+    path: str  # one's own list or folder; "": not given
+    root: str
+    flag: str  # what gives the path
+
+
+def place_of(recipe: Recipe, stream: str, split: str = "train") -> Place:
+    """Decide where a split of a stream is read from.
+
+    Both splits of fine-tuning are one's own, or neither is. Held-out data of the other recipes is
+    always embedded.
+    """
+    d = recipe.data
+    if isinstance(recipe, Finetune):
+        embedded = d.embedded and recipe.task in CLASSES
+        given = d.video_list or d.val_list or d.video_root
+        path = d.video_list if split == "train" else d.val_list
+        flag = "--data.video-list FILE" if split == "train" else "--data.val-list FILE"
+        return Place(bool(given) or not embedded, path, d.video_root, flag)
+    path, root, flag = d.video_list, d.video_root, "--data.video-list FILE"
+    if stream == "image":
+        path, root, flag = d.image_list or d.image_root, d.image_root, "--data.image-root DIR"
+    return Place(split == "train" and bool(path or root or not d.embedded), path, root, flag)
+
+
+def parts_of(recipe: Recipe, splits: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """List the (stream, split) that a run reads; of fine-tuning's ``splits`` by default all."""
+    if isinstance(recipe, Finetune):
+        return [("clip", split) for split in splits or ("train", "test")]
+    return [(s, "train") for s in (recipe.streams if isinstance(recipe, Pretrain) else ("image",))]
+
+
+def render_embedded(recipe: Recipe) -> None:
+    """Render the embedded data, once per node, if a run reads any."""
+    needed = not all(place_of(recipe, *part).own for part in parts_of(recipe))
+    distributed.once_per_node(synthetic.render, needed=needed)
+
+
+def check_sources(recipe: Recipe, splits: Sequence[str] = (), *, plan: bool = False) -> None:
+    """Refuse data that is missing, half given, or given and not used; and decord without decord.
+
+    Called before anything is rendered or loaded. A ``plan`` may lack lists. Raises ValueError.
+    """
+    d, parts = recipe.data, parts_of(recipe, splits)
+    own = [(stream, place_of(recipe, stream, split)) for stream, split in parts]
+    own = [(stream, place) for stream, place in own if place.own]
+    used = {field for stream, _ in own for field in (*FIELDS[stream], "checked")}
+    fields = (*FIELDS["clip"], *FIELDS["image"], "checked")
+    unused = ["--data." + f.replace("_", "-") for f in fields if getattr(d, f) and f not in used]
+    if unused:
+        reads = "data of your own" if own else "the embedded data"
+        raise ValueError(
+            f"{recipe.name} reads {reads} and doesn't use {', '.join(unused)}: leave it out"
+        )
+    missing = [
+        place.flag + f" ({stream} stream)" * isinstance(recipe, Pretrain)
+        for stream, place in own if not place.path
+    ]  # fmt: skip
+    if missing and (not plan or (d.video_root and not d.video_list + d.val_list)):
+        does = "is tested on" if splits else "trains on"
+        raise ValueError(f"{recipe.name} {does} data of your own: give {' and '.join(missing)}")
+    if d.decoder == "decord":
+        import_decord()
+
+
+def embedded_origin(recipe: Recipe, stream: str, split: str) -> str:
+    """Say how much the embedded data hold of a split of a stream."""
+    count = STILLS[split] if stream == "image" else CLIPS[split]
+    if split == "train" and not isinstance(recipe, Pretrain | Finetune):
+        count += len(photos_and_film_frames())
+    return f"{count:,} {UNITS[stream]}, embedded ({split} split)"
+
+
+def list_entries(recipe: Recipe, stream: str, split: str = "train") -> tuple[list[Entry], str]:
+    """Read the entries of a split of a stream, less those that check_data's reports call bad.
+
+    Also says how many there are and where they come from. Raises ValueError for a list that is
+    missing or malformed.
+    """
+    d, place = recipe.data, place_of(recipe, stream, split)
+    labels: dict[str, Any] = {"labelled": False}
+    if isinstance(recipe, Finetune):
+        labels = {"num_classes": recipe.num_classes}
+    if not place.own:
+        folder = synthetic.render()
+        if stream == "image":
+            entries = lists.read_image_folder(folder / "images" / split)
+            if split == "train" and not isinstance(recipe, Pretrain | Finetune):
+                entries += photos_and_film_frames()
+        else:
+            task = recipe.task if isinstance(recipe, Finetune) else "how"
+            entries = lists.read_list(folder / f"{task}_{split}.txt", folder, **labels)
+        return entries, embedded_origin(recipe, stream, split)
+    if not place.path:
+        raise ValueError(
+            f"{recipe.name} needs {place.flag}: one `path label` a line, or the set's official "
+            "list; of pictures a folder of class folders"
+        )
+    path, root = Path(place.path), Path(place.root or ".")
+    if stream != "image":
+        entries = lists.read_entries(path, root, class_list=d.class_list, **labels)
+    elif d.image_list:
+        entries = lists.read_list(path, root, **labels)
+    else:
+        entries = lists.read_image_folder(root)
+    entries, left_out = lists.leave_out_bad(entries, d.checked, root)
+    return entries, "; ".join([f"{len(entries):,} {UNITS[stream]} from {path}", *left_out])
+
+
+def photos_and_film_frames() -> list[Entry]:
+    """List what a tokenizer is trained on beside stills: photos, film frames (label = frame)."""
+    photos = [Entry(path, 0) for path in synthetic.photo_splits()["train"]] * PHOTO_REPEATS
+    return photos + [
+        Entry(path, frame)
+        for path in sorted((data_folder() / "film").glob("*.mp4"))
+        for frame in range(0, len(Video(path)), FILM_STEP)
+    ]
+
+
+def print_origins(items: Mapping[str, Clips]) -> None:
+    """Print, on rank 0, a line per data set: how many items, from where."""
+    if distributed.rank() == 0:
+        print(*(f"{name}: {one.origin}" for name, one in items.items()), sep="\n")
+
+
+def plan_sources(recipe: AnyRecipe, splits: Sequence[str] = ()) -> tuple[AnyRecipe, Lines]:
+    """Describe what a run would read, a line per part; give the recipe with its list's real size.
+
+    Nothing is rendered or decoded; of the paths only lists and folders are read. Raises ValueError
+    as :func:`check_sources` does.
+    """
+    check_sources(recipe, splits, plan=True)
+    lines: Lines = {}
+    first = recipe
+    for stream, split in parts_of(recipe, splits):
+        place, size = place_of(recipe, stream, split), recipe.data.expected_items
+        paths = dict.fromkeys(path for path in (place.path, place.root) if path)
+        absent = " and ".join(path for path in paths if not Path(path).exists())
+        if not place.own:
+            text = embedded_origin(recipe, stream, split)
+        elif place.path and not absent:
+            entries, text = list_entries(recipe, stream, split)
+            if not lines and split == "train":
+                first = replace(recipe, data=replace(recipe.data, expected_items=len(entries)))
+        else:
+            text = f"{absent} isn't there yet" if place.path else f"{place.flag} not given yet"
+            if not lines and split == "train" and size:
+                text += f"; EXPECTED: {size:,} {UNITS[stream]}"
+        lines[f"{stream if split == 'train' else split} data"] = text
+    return first, lines
 
 
 def hide_blocks(rng: Random, grid: tuple[int, int], target: int) -> np.ndarray:
@@ -27,77 +205,39 @@ def hide_tubes(
     return tube_mask(grid, rng, target=target, length=length)
 
 
-def pretraining_items(recipe: Pretrain, stream: str, split: str = "train"):
-    """Build one stream's data set: the embedded one, or the paths of the recipe.
+def reading(recipe: Recipe, origin: str = "") -> dict[str, Any]:
+    """Give what every data set takes from a recipe beside how clips are cut."""
+    d, seed = recipe.data, recipe.run.seed
+    return {"seed": seed, "timeout": d.timeout, "decoder": d.decoder, "origin": origin}
 
-    ``split`` is "train", "val" or "test" of the embedded data; the recipe's own paths are for
-    training.
+
+def pretraining_items(recipe: Pretrain, stream: str, split: str = "train") -> PretrainClips:
+    """Build one stream's data set: the recipe's own paths in training, else the embedded data.
+
+    ``split`` is "train", "val" or "test".
     """
-    d = recipe.data
-    side = d.size // STRIDE
+    d, side = recipe.data, recipe.data.size // STRIDE
     if d.size % (2 * STRIDE):
         raise ValueError(
             f"data.size {d.size}: the decoder needs a multiple of 32 px, such as "
             f"{max(64, 32 * round(d.size / 32))}"
         )
     target = recipe.masking.target((side, side))
-    view = side * recipe.tokens.factor
-    given = d.video_list if stream == "video" else d.image_list or d.image_root
-    own = given and split == "train"
-    folder = Path() if own else synthetic.render()
+    entries, origin = list_entries(recipe, stream, split)
+    settings = {"input_size": side * recipe.tokens.factor, **reading(recipe, origin)}
     if stream == "image":
-        root = Path(d.image_root or ".") if own else folder / "images" / split
-        if own and d.image_list:
-            entries = read_list(Path(d.image_list), root, labelled=False)
-        else:
-            entries = read_image_folder(root)
         hide = partial(hide_blocks, grid=(side, side), target=target)
-        return PretrainImages(
-            leave_out_bad(entries, d.checked if own else (), root), size=d.size, short=d.short,
-            input_size=view, mask=hide, jitter=d.jitter, seed=recipe.run.seed, timeout=d.timeout,
-        )  # fmt: skip
-    if own:
-        root = Path(d.video_root or ".")
-        entries = read_entries(Path(d.video_list), root, labelled=False)
-        entries = leave_out_bad(entries, d.checked, root)
-    else:
-        entries = read_list(folder / f"how_{split}.txt", folder)
-    steps = math.ceil(d.frames / recipe.model.patch[0])
-    hide = partial(hide_tubes, grid=(steps, side, side), target=target, length=recipe.masking.tube)
-    return PretrainClips(
-        entries, frames=d.frames, interval=d.interval, size=d.size, short=d.short,
-        input_size=view, mask=hide, seed=recipe.run.seed, timeout=d.timeout,
-    )  # fmt: skip
+        return PretrainImages(entries, d.clip_spec(), mask=hide, jitter=d.jitter, **settings)
+    grid = (math.ceil(d.frames / recipe.model.patch[0]), side, side)
+    tube = partial(hide_tubes, grid=grid, target=target, length=recipe.masking.tube)
+    return PretrainClips(entries, d.clip_spec(), mask=tube, **settings)
 
 
 def labelled_items(recipe: Finetune, split: str = "train") -> LabelledClips:
     """Build a split's clips: embedded ("train", "val", "test", "test_unseen") or the paths'."""
-    d = recipe.data
-    train = split == "train"
-    if recipe.sampling == "uniform" and recipe.test_clips != 1:  # say so before training
-        raise ValueError(
-            f"uniform sampling has 1 test clip, not {recipe.test_clips}: --test-clips 1"
-        )
-    own = {"train": d.video_list}.get(split, d.val_list)
-    if own:
-        root = Path(d.video_root or ".")
-        entries = read_entries(
-            Path(own), root, num_classes=recipe.num_classes, class_list=d.class_list
-        )
-        entries = leave_out_bad(entries, d.checked, root)
-    else:
-        if recipe.task not in ("what", "how"):
-            raise ValueError(
-                f"{recipe.name} needs {'--data.video-list' if train else '--data.val-list'} FILE "
-                "with one `path label` a line, or the set's official list"
-            )
-        folder = synthetic.render()
-        entries = read_list(
-            folder / f"{recipe.task}_{split}.txt", folder, num_classes=recipe.num_classes
-        )
+    spec = recipe.clip_spec()  # first: it checks how clips are cut
+    entries, origin = list_entries(recipe, "clip", split)
     return LabelledClips(
-        entries, frames=d.frames, interval=d.interval, size=d.size, short=d.short,
-        seed=recipe.run.seed, train=train, flip=recipe.flip, crop=recipe.crop,
-        sampling=recipe.sampling, rand_augment=recipe.rand_augment, erasing=recipe.erasing,
-        timeout=d.timeout,
+        entries, spec, train=split == "train", flip=recipe.flip, crop=recipe.crop,
+        rand_augment=recipe.rand_augment, erasing=recipe.erasing, **reading(recipe, origin),
     )  # fmt: skip

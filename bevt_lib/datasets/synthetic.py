@@ -10,7 +10,6 @@ every single frame looks alike under all labels.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -23,10 +22,11 @@ import numpy as np
 from filelock import FileLock
 from tqdm.auto import tqdm
 
-from bevt_lib.base.files import data_folder
+from bevt_lib.base.files import data_folder, replace_file
 from bevt_lib.base.seeds import Purpose, numpy_generator
 from bevt_lib.datasets.video import write_video
 
+Write = Callable[[Path, int], None]  # an item of a number, into a folder
 KINDS = ("bird", "bug", "drink", "flower", "fruit", "house", "sign", "sweet")
 MOTIONS = ("left", "right", "up", "down", "approach", "recede", "clockwise", "anticlockwise")
 CLASSES = {"what": KINDS, "how": MOTIONS}  # of the two tasks
@@ -68,11 +68,8 @@ def photo_splits() -> dict[str, list[Path]]:
     """Divide the photos among the splits; none is in two, but test_unseen has the test photos."""
     photos = sorted((data_folder() / "photos").glob("*.jpg"))
     order = numpy_generator(SEED, Purpose.SPLIT, 0).permutation(len(photos))
-    splits: dict[str, list[Path]] = {}
-    start = 0
-    for split, count in PHOTOS.items():
-        splits[split] = sorted(photos[i] for i in order[start : start + count])
-        start += count
+    parts = np.split(order, np.cumsum(list(PHOTOS.values())))
+    splits = {s: sorted(photos[i] for i in part) for s, part in zip(PHOTOS, parts, strict=False)}
     return splits | {"test_unseen": splits["test"]}
 
 
@@ -97,7 +94,7 @@ def _picture(path: Path) -> np.ndarray:
     """Read a picture as uint8 RGB or RGBA."""
     picture = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
     if picture is None:
-        raise ValueError(f"{path}: is no readable picture; restore the data folder from the clone")
+        raise ValueError(f"{path}: is not a readable picture; restore the clone's data folder")
     code = cv2.COLOR_BGRA2RGBA if picture.shape[2] == 4 else cv2.COLOR_BGR2RGB
     return cv2.cvtColor(picture, code)
 
@@ -137,7 +134,7 @@ def _torus(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _paste(tile: np.ndarray, cutout: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Paste a cut-out four times, one in each quarter, so that every view shows one."""
+    """Paste a cut-out four times, one in each quarter, so that every frame shows one."""
     scale = CUTOUT / max(cutout.shape[:2]) * rng.uniform(0.9, 1.1)
     size = [max(2, round(side * scale)) for side in cutout.shape[1::-1]]
     cutout = cv2.resize(cutout, size, interpolation=cv2.INTER_AREA).astype(np.float32)
@@ -154,11 +151,11 @@ def _paste(tile: np.ndarray, cutout: np.ndarray, rng: np.random.Generator) -> np
 
 def render_clip(scene: Scene, frames: int = FRAMES) -> np.ndarray:
     """Film a scene: uint8 (frames, SIDE, SIDE, 3), RGB."""
-    return np.stack([_view(scene, t) for t in range(frames)])
+    return np.stack([_frame(scene, t) for t in range(frames)])
 
 
-def _view(scene: Scene, time: int) -> np.ndarray:
-    """See the scene at one time: wrap position, log-scale and angle, then warp."""
+def _frame(scene: Scene, time: int) -> np.ndarray:
+    """Render the scene at one time: wrap position, log-scale and angle, then warp."""
     x, y, log_scale, angle = scene.start + scene.velocity * time
     log_scale = _wrap(log_scale, LOG_SCALE)
     angle = _wrap(angle, ANGLE)
@@ -188,8 +185,8 @@ def render(folder: Path | None = None, workers: int = 2) -> Path:
         clips/<split>/00000.mp4          images/<split>/<kind>/00000.jpg
         what_<split>.txt, how_<split>.txt   Kinetics-style lists, `path label`
 
-    By default under rendered/ in the data folder. Interrupted, it goes on with the next split.
-    Raises ValueError where it can't write.
+    By default under rendered/ in the data folder. After an interruption it continues with the next
+    split. Raises ValueError where it can't write.
     """
     parent = Path(folder) if folder else data_folder() / "rendered"
     target = parent / version()
@@ -218,20 +215,14 @@ def render(folder: Path | None = None, workers: int = 2) -> Path:
 
 
 def version() -> str:
-    """Name the rendering by its constants and its pictures: another name, another rendering."""
+    """Name the rendering after its constants and pictures: if they change, so does the name."""
     names = [[p.name for p in kind] for part in cutout_splits().values() for kind in part]
     constants = (SIDE, FRAMES, TILE, CUTOUT, PAN, ZOOM, ROLL, LOG_SCALE, ANGLE, CONTRAST)
     text = json.dumps([constants, CLIPS, STILLS, PHOTOS, UNSEEN, SEED, RENDERING, names])
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def _all(
-    pool: ProcessPoolExecutor,
-    write: Callable[[Path, int], None],
-    count: int,
-    place: Path,
-    name: str,
-) -> None:
+def _all(pool: ProcessPoolExecutor, write: Write, count: int, place: Path, name: str) -> None:
     """Write ``count`` items into a hidden folder and rename it when all are there."""
     part = place.with_name(f".{place.name}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -239,7 +230,7 @@ def _all(
     done: Iterable = pool.map(partial(write, part), range(count), chunksize=32)
     for _ in tqdm(done, total=count, desc=name, mininterval=1):
         pass
-    os.rename(part, place)
+    part.rename(place)
 
 
 def _write_clip(split: str, folder: Path, index: int) -> None:
@@ -254,15 +245,13 @@ def _write_still(split: str, folder: Path, index: int) -> None:
     place = folder / KINDS[what]
     place.mkdir(exist_ok=True)
     picture = cv2.cvtColor(render_clip(scene, 1)[0], cv2.COLOR_RGB2BGR)
-    cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 92])[1].tofile(
-        place / f"{index:05d}.jpg"
-    )
+    encoded = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 92])[1]
+    encoded.tofile(place / f"{index:05d}.jpg")
 
 
 def _write_lists(target: Path, split: str, count: int) -> None:
-    """Write the two lists of a split; the how list comes last and says that the split is whole."""
-    for task, which in (("what", 0), ("how", 1)):
+    """Write the two lists of a split; the how list comes last: it marks the split as complete."""
+    for which, task in enumerate(("what", "how")):
         lines = [f"clips/{split}/{i:05d}.mp4 {labels(split, i)[which]}\n" for i in range(count)]
-        part = target / f".{task}_{split}.part"
-        part.write_text("".join(lines))
-        os.replace(part, target / f"{task}_{split}.txt")
+        with replace_file(target / f"{task}_{split}.txt") as part:
+            part.write_text("".join(lines))

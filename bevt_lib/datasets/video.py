@@ -2,27 +2,44 @@
 
 Pixels are uint8 (T, H, W, 3), RGB. PyAV decodes; of H.264 only the frames asked for and those that
 others refer to: 21 ms for 16 of 300 frames of 340x256, decord 35 (``python -m bevt_lib.bench``).
+
+``--data.decoder decord`` decodes the same frames by decord 0.6. PyAV opens and checks the file
+first, and a file of which decord would give other frames is refused: MPEG transport streams,
+interlaced video, odd sides with chroma at half the size, 10-bit 4:2:0, several video streams, clips
+cut without re-encoding, and what decord can't open (AV1, GIF, APNG, raw H.264). Frames are equal
+for H.264, HEVC, MPEG-4, VP8, VP9, MJPEG, FFV1, ProRes, MPEG-1 and 2, WMV, FLV and H.263 in mp4,
+mov, mkv, webm, avi, flv, mpg and wmv, also turned and with a variable frame rate. decord loses
+frames when it seeks within open GOPs (most HEVC) or without usable timestamps (avi, VP8, mpg): it
+reads such files from their first frame on, which takes longer.
 """
 
-import os
 import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps
 
+from bevt_lib.base.files import replace_file
+
 MIN_FRAME_SHARE = 0.8  # share of what the header promises; a file that holds less was cut short
-# Codecs of which every packet is one shown frame and a key frame can be decoded by itself. Of
-# others (GIF, VP8, whose packets may be hidden frames) all is decoded.
+# Codecs in which every packet is one shown frame and a key frame can be decoded by itself. Videos
+# of others (GIF; VP8, whose packets may be hidden frames) are decoded whole.
 ONE_BY_ONE = {"h264", "hevc", "vp9", "av1", "mpeg4"}
+AUTO = "pyav"  # what the decoder "auto" means: in bench 1.5 to 1.7 times as fast as decord
+# Pixel formats that decord turns into the same RGB; all but the full-size yuv444p of even sides.
+DECORD_FORMATS = {"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv422p10le", "yuv444p"}
+CHUNK = 16  # frames held at a time where decord reads from the start
 UNREADABLE = (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError)
 Result = TypeVar("Result")
+ChooseFrames = Callable[[int], Sequence[int] | np.ndarray]  # from how many there are
 
 
 class BadFile(ValueError):
@@ -43,8 +60,8 @@ class VideoError(BadFile):
 class Video:
     """An open video: ``len(video)`` frames, ``video.frames(indices)`` decodes some of them.
 
-    Its packets are read at once, and no frame is decoded before it is asked for. Raises VideoError
-    where the file is missing, no video, cut short, or without frames.
+    Opening reads all packets and decodes nothing. Raises VideoError for a file that is missing, not
+    a valid video, truncated, or without frames.
     """
 
     def __init__(self, path: str | Path):
@@ -54,21 +71,19 @@ class Video:
                 f"{path}: no such video file; check the list and its root folder", "missing"
             )
         self._pictures: list[av.VideoFrame] = []
-        try:
+        with self._one_line():
             self._container = av.open(str(self.path))
             if not self._container.streams.video:
                 raise VideoError(f"{self.path}: holds no video; remove it from the list")
             self._stream = self._container.streams.video[0]
             self._stream.codec_context.thread_count = 1
             self._packets = [p for p in self._container.demux(self._stream) if p.size]
-            # By the header, 0 where it doesn't say. Discarded: before the start of a clip that was
-            # cut from a film without decoding it.
+            # Frame count from the header; 0 if absent. Discarded: frames before the start of a clip
+            # that was cut from a film without re-encoding.
             self.promised = self._stream.frames - sum(p.is_discard for p in self._packets)
             self._times = self._shown()
             if not self._times:
                 self._pictures = list(self._play())
-        except (av.FFmpegError, OSError) as error:
-            raise self._damaged(error.strerror or str(error)) from None
         self._check_share(len(self))
 
     def __del__(self) -> None:
@@ -79,7 +94,7 @@ class Video:
     def __len__(self) -> int:
         return len(self._pictures or self._times)
 
-    def frames(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+    def frames(self, indices: Sequence[int] | np.ndarray, decoder: str = "auto") -> np.ndarray:
         """Decode the frames at ``indices`` (0 .. len - 1): uint8 (len(indices), H, W, 3)."""
         chosen = np.asarray(indices, dtype=np.int64)
         if not chosen.size or chosen.min() < 0 or chosen.max() >= len(self):
@@ -87,10 +102,10 @@ class Video:
                 f"{self.path}: frames {chosen.tolist()} asked for: choose from 0..{len(self) - 1}"
             )
         unique, places = np.unique(chosen, return_inverse=True)
-        try:
+        if (AUTO if decoder == "auto" else decoder) == "decord":
+            return self._by_decord(unique)[places]
+        with self._one_line():
             pictures = self._decode(unique)
-        except (av.FFmpegError, OSError) as error:
-            raise self._damaged(error.strerror or str(error)) from None
         self._check_sizes({(p.width, p.height) for p in pictures})
         convert = VideoReformatter()
         first = _pixels(pictures[0], convert)
@@ -100,39 +115,35 @@ class Video:
         return pixels
 
     def count(self) -> int:
-        """Decode every frame, keep none, and count them. Raises VideoError as at opening."""
-        try:
+        """Decode every frame, keep none, and count them. Raises VideoError as opening does."""
+        with self._one_line():
             sizes = [(p.width, p.height) for p in self._pictures or self._play()]
-        except (av.FFmpegError, OSError) as error:
-            raise self._damaged(error.strerror or str(error)) from None
         self._check_share(len(sizes))
         self._check_sizes(set(sizes))
         return len(sizes)
 
     def _shown(self) -> list[int]:
-        """List the times at which frames are shown; [] where the packets don't tell."""
+        """List the times at which frames are shown; [] where the packets don't say."""
         packets = [p for p in self._packets if not (p.is_discard or p.is_corrupt)]
         times = {p.pts for p in packets if p.pts is not None}
         known = self._stream.codec_context.codec.canonical_name in ONE_BY_ONE
-        known = known and self._container.format.name != "avi"  # gives times of decoding
+        known = known and self._container.format.name != "avi"  # its timestamps are decoding times
         return sorted(times) if known and len(times) == len(packets) else []
 
     def _decode(self, chosen: np.ndarray) -> list[av.VideoFrame]:
-        """Decode the frames at ``chosen``, all different, from the key frame before them on."""
+        """Decode the frames at ``chosen``, all different, from the key frame before the first."""
         if not self._pictures:
             times = [self._times[i] for i in chosen]
             wanted, first = set(times), min(times)
-            keys = (
-                i for i, p in enumerate(self._packets)
-                if p.is_keyframe and p.pts is not None and p.pts <= first
-            )  # fmt: skip
+            keys = [i for i, p in enumerate(self._packets)
+                    if p.is_keyframe and p.pts is not None and p.pts <= first]  # fmt: skip
             found: dict[int | None, av.VideoFrame] = {}
             for picture in self._play(max(keys, default=0), wanted):
                 if picture.pts in wanted:
                     found[picture.pts] = picture
                     if len(found) == len(wanted):
                         return [found[time] for time in times]
-            self._pictures = list(self._play())  # the packets told wrongly
+            self._pictures = list(self._play())  # packet timestamps were wrong; decode everything
             if max(chosen) >= len(self._pictures):
                 raise self._damaged(f"it ends after {len(self._pictures)} frames", "truncated")
         return [self._pictures[i] for i in chosen]
@@ -140,18 +151,60 @@ class Video:
     def _play(self, start: int = 0, wanted: set[int] | None = None) -> Iterator[av.VideoFrame]:
         """Decode from packet ``start`` on, in the order shown.
 
-        Of H.264, frames at times not ``wanted`` may be left out where no other refers to them.
+        Of H.264, frames at times not ``wanted`` may be skipped where no other refers to them.
         """
         context = self._stream.codec_context
         context.flush_buffers()
-        leave_out = wanted is not None and context.codec.canonical_name == "h264"
+        skip = wanted is not None and context.codec.canonical_name == "h264"
         for packet in [*self._packets[start:], None]:
-            needed = not leave_out or packet is None or packet.pts in (wanted or ())
+            needed = not skip or packet is None or packet.pts in (wanted or ())
             context.skip_frame = "DEFAULT" if needed else "NONREF"
             yield from (p for p in context.decode(packet) if not p.is_corrupt)
 
+    def _by_decord(self, unique: np.ndarray) -> np.ndarray:
+        """Decode the frames at ``unique``, ascending, by decord; see the module's docstring.
+
+        Raises VideoError for a file of which decord would give other frames than PyAV, or none.
+        """
+        decord = import_decord()
+        context, pixels = self._stream.codec_context, ""
+        if context.format and context.format.name in DECORD_FORMATS:
+            pixels = context.format.name
+        odd = pixels != "yuv444p" and (context.width % 2 or context.height % 2)
+        try:
+            reader = decord.VideoReader(str(self.path), num_threads=1)
+            unlike = {
+                "an MPEG transport stream": self._container.format.name == "mpegts",
+                "several video streams": len(self._container.streams.video) > 1,
+                "interlaced": context.field_order > 1,  # 0: unknown, 1: progressive
+                f"pixel format {context.format and context.format.name}": not pixels,
+                f"odd sides, {context.width}x{context.height}": odd,
+                f"it counts {len(reader)} frames, not {len(self)}": len(reader) != len(self),
+            }
+            if any(unlike.values()):
+                reasons = ", ".join(reason for reason, holds in unlike.items() if holds)
+                raise VideoError(f"{self.path}: decord reads this kind of video differently from "
+                                 f"PyAV ({reasons}): set --data.decoder pyav")  # fmt: skip
+            if self._times and self._gops_are_closed():
+                return reader.get_batch(unique).asnumpy()
+            parts = []
+            for start in range(0, int(unique[-1]) + 1, CHUNK):
+                chunk = np.arange(start, min(start + CHUNK, len(self)))
+                parts.append(reader.get_batch(chunk).asnumpy()[np.isin(chunk, unique)])
+            return np.concatenate(parts)
+        except decord.DECORDError:
+            message = f"{self.path}: decord can't read this video: set --data.decoder pyav"
+            raise VideoError(message) from None
+
+    def _gops_are_closed(self) -> bool:
+        """Say whether all frames behind a key frame in the file are also shown after it."""
+        packets = [p for p in self._packets if not (p.is_discard or p.is_corrupt)]
+        times = np.array([p.pts for p in packets])
+        first_shown = np.minimum.accumulate(times[::-1])[::-1]  # of a packet and all behind it
+        return bool((first_shown >= times)[[p.is_keyframe for p in packets]].all())
+
     def _check_share(self, held: int) -> None:
-        """Raise VideoError where ``held`` frames are none or too few."""
+        """Raise VideoError where there is no frame, or fewer than MIN_FRAME_SHARE of them."""
         if not held:
             raise VideoError(f"{self.path}: holds no video frame; remove it from the list")
         share = held / self.promised if self.promised > 0 else self._seconds_share()
@@ -159,7 +212,7 @@ class Video:
             raise self._damaged(f"only {share:.0%} of it is there", "truncated")
 
     def _seconds_share(self) -> float:
-        """Say how much of the seconds that the header promises is there."""
+        """Say which share of the seconds that the header promises is there."""
         begin, seconds = (
             (t or 0) / av.time_base for t in (self._container.start_time, self._container.duration)
         )
@@ -171,10 +224,18 @@ class Video:
         if len(sizes) > 1:
             raise self._damaged(f"frames of several sizes, {sizes}")
 
+    @contextmanager
+    def _one_line(self) -> Iterator[None]:
+        """Raise errors of FFmpeg as a VideoError."""
+        try:
+            yield
+        except (av.FFmpegError, OSError) as error:
+            raise self._damaged(error.strerror or str(error)) from None
+
     def _damaged(self, reason: str, kind: str = "undecodable") -> VideoError:
         return VideoError(
-            f"{self.path}: is no video, damaged or cut short ({reason}); copy it again or remove "
-            "it from the list",
+            f"{self.path}: is not a valid video, damaged or truncated ({reason}); copy it again or "
+            "remove it from the list",
             kind,
         )
 
@@ -182,40 +243,50 @@ class Video:
 def with_timeout(
     seconds: float, work: Callable[[], Result], path: Path, late: type[BadFile] = BadFile
 ) -> Result:
-    """Do ``work`` on a file in a thread that is given up after ``seconds`` (0: never).
+    """Do ``work`` on a file in a thread that is abandoned after ``seconds`` (0: never).
 
-    FFmpeg and Pillow let other threads run while they read and decode, so that a stalled disk or
-    an endless loop in a decoder is noticed; it keeps its thread and memory. Not caught: a decoder
-    that crashes, which ends its process (``check_data`` finds it). Costs about 0.1 ms.
-    Raises ``late`` where the time is over, else what ``work`` raises.
+    FFmpeg and Pillow release the GIL while they read and decode, so that a stalled disk or an
+    endless loop in a decoder is noticed; it keeps its thread and memory. Not caught: a decoder that
+    crashes, which ends its process (``check_data`` finds it). Costs about 0.1 ms. Raises ``late``
+    when the time is over, else what ``work`` raises.
     """
     if not seconds:
         return work()
-    outcome: list[tuple[Result | None, BaseException | None]] = []
+    outcome: Future[Result] = Future()
 
     def run() -> None:
         try:
-            outcome.append((work(), None))
+            outcome.set_result(work())
         except BaseException as error:
-            outcome.append((None, error))
+            outcome.set_exception(error)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(seconds)
-    if not outcome:
+    if not outcome.done():
         raise late(
             f"{path}: not read after {seconds:g} s; copy it again, remove it from the list, or set "
             "a longer --data.timeout",
             "hanging",
         )
-    result, error = outcome[0]
-    if error is not None:
-        raise error
-    return result  # type: ignore[return-value]
+    return outcome.result()
+
+
+def import_decord() -> Any:
+    """Import decord, without its log. Raises ValueError where it isn't installed."""
+    try:
+        import decord  # here: it has no wheel for some machines
+    except ImportError:
+        raise ValueError(
+            "--data.decoder decord: decord isn't installed (pip has none for some machines, such "
+            "as arm64): leave it at auto or pyav"
+        ) from None
+    decord.logging.set_level(decord.logging.QUIET)
+    return decord
 
 
 def read_frames(
-    path: Path, choose: Callable[[int], Sequence[int] | np.ndarray], timeout: float = 0.0
+    path: Path, choose: ChooseFrames, timeout: float = 0.0, decoder: str = "auto"
 ) -> np.ndarray:
     """Decode the frames ``choose(number of frames)`` of a video: uint8 (T, H, W, 3).
 
@@ -224,14 +295,14 @@ def read_frames(
 
     def work() -> np.ndarray:
         video = Video(path)
-        return video.frames(choose(len(video)))
+        return video.frames(choose(len(video)), decoder)
 
     return with_timeout(timeout, work, path, VideoError)
 
 
 def _pixels(picture: av.VideoFrame, convert: VideoReformatter) -> np.ndarray:
     """Convert a YUV picture to RGB (H, W, 3), the right way up, as decord does."""
-    # One thread: by default PyAV starts one per core for every picture, at several ms each.
+    # One thread: by default PyAV starts one per core for every picture, several ms each.
     rgb = convert.reformat(picture, format="rgb24", threads=1).to_ndarray()
     return np.rot90(rgb, picture.rotation // 90)
 
@@ -241,51 +312,43 @@ def write_video(path: str | Path, frames: np.ndarray, *, fps: int = 8, crf: int 
 
     Raises ValueError for other shapes and for odd sides.
     """
-    path = Path(path)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
         raise ValueError(f"frames must be uint8 (T, H, W, 3), got {frames.dtype} {frames.shape}")
     if frames.shape[1] % 2 or frames.shape[2] % 2:
         raise ValueError(
             f"H.264 needs even sides, got {frames.shape[1]}x{frames.shape[2]}: crop or resize first"
         )
-    part = path.with_name(f".{path.stem}.{os.getpid()}.part")
     convert = VideoReformatter()
-    try:
-        with av.open(str(part), "w", format="mp4") as container:
-            stream = container.add_stream("libx264", rate=Fraction(fps))
-            stream.height, stream.width = frames.shape[1:3]
-            stream.pix_fmt = "yuv420p"
-            stream.thread_count = 1
-            stream.options = {
-                "crf": str(crf),
-                "preset": "veryfast",
-                "threads": "1",
-                # x264's look-ahead gave other bytes for the same frames (measured): off.
-                "x264-params": "rc-lookahead=0:sync-lookahead=0:mbtree=0:cpu-independent=1",
-            }
-            for frame in frames:
-                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-                picture = convert.reformat(picture, format="yuv420p", threads=1)
-                container.mux(stream.encode(picture))
-            container.mux(stream.encode())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replace_file(Path(path)) as part, av.open(str(part), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps))
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.thread_count = 1
+        stream.options = {
+            "crf": str(crf), "preset": "veryfast", "threads": "1",
+            # x264's look-ahead gave different bytes for the same frames (measured): off.
+            "x264-params": "rc-lookahead=0:sync-lookahead=0:mbtree=0:cpu-independent=1",
+        }  # fmt: skip
+        for frame in frames:
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            picture = convert.reformat(picture, format="yuv420p", threads=1)
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
 
 
 def read_image(path: str | Path) -> np.ndarray:
     """Read a picture file: uint8 (1, H, W, 3), turned as its EXIF data say.
 
-    Raises BadFile where it is missing, no picture, or cut short. (Pillow: the same pixels as
-    OpenCV, which up to version 4 fills what is missing with grey.)
+    Raises BadFile for a file that is missing, not a valid picture, or truncated. (By Pillow: the
+    same pixels as OpenCV, which up to version 4 fills missing parts with grey.)
     """
     try:
         with Image.open(path) as picture:
             return np.array(ImageOps.exif_transpose(picture).convert("RGB"))[None]
     except UNREADABLE as error:
-        reason = getattr(error, "strerror", None) or "of another kind, damaged or cut short"
+        reason = getattr(error, "strerror", None) or "another kind of file, damaged or truncated"
         kind = "truncated" if "truncated" in str(error) else "undecodable"  # Pillow's word
         kind = "missing" if isinstance(error, FileNotFoundError) else kind
         raise BadFile(
-            f"{path}: is no readable picture ({reason}); copy it again or remove it", kind
+            f"{path}: is not a readable picture ({reason}); copy it again or remove it", kind
         ) from None

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from bevt_lib.base import distributed
 from bevt_lib.base.config import Finetune
 from bevt_lib.base.distributed import blocks, gather
+from bevt_lib.base.files import replace_file
 from bevt_lib.datasets import synthetic
 from bevt_lib.datasets.augment import one_thread
 from bevt_lib.datasets.sources import labelled_items
@@ -110,7 +110,7 @@ class _ViewsOf(Dataset):
         if index in self.bad:
             return index, None, self.bad[index]
         try:
-            views = self.items.views(index, self.clips, self.crops)
+            views = self.items.test_views(index, self.clips, self.crops)
         except BadFile as error:
             return index, None, str(error)
         return index, torch.from_numpy(views), ""
@@ -172,9 +172,7 @@ def write_scores(scores: Scores, names: Sequence[str], file: Path) -> None:
     "path", "label", then "predicted" and "probabilities" of the classes (every digit of their
     float32), or "error".
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.part")
-    with part.open("w", encoding="utf-8") as lines:
+    with replace_file(file) as part, part.open("w", encoding="utf-8") as lines:
         pairs = zip(scores.labels.tolist(), scores.probabilities.numpy(), strict=True)
         for number, (label, row) in enumerate(pairs):
             entry: dict[str, Any] = {"path": names[number], "label": label}
@@ -184,7 +182,6 @@ def write_scores(scores: Scores, names: Sequence[str], file: Path) -> None:
                 entry["predicted"] = int(row.argmax())
                 entry["probabilities"] = [float(str(p)) for p in row]
             lines.write(json.dumps(entry, ensure_ascii=False) + "\n")
-    os.replace(part, file)
 
 
 def score_split(
