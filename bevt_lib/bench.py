@@ -22,7 +22,7 @@ import torch
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
-from bevt_lib import parts, pretrain
+from bevt_lib import parts
 from bevt_lib.base.config import Finetune, Pretrain
 from bevt_lib.base.files import data_folder
 from bevt_lib.cli import parse, run_command
@@ -188,13 +188,11 @@ def assumed_rate(recipe: Pretrain | Finetune) -> float:
         if isinstance(recipe, Pretrain):
             model = parts.build_bevt(recipe)
             tokenizer = DalleTokenizer(*build(256, 2, recipe.tokens.vocab_size))
-            batches = pretrain.global_batches(recipe)
-            items = {s: cost.token_item(recipe, model, tokenizer, s) for s in batches}
+            items = {s: cost.token_item(recipe, model, tokenizer, s) for s in recipe.batches}
         else:
-            batches = {"clip": recipe.optim.clips}
             items = {"clip": cost.clip_item(recipe, parts.build_classifier(recipe))}
     student, frozen = (
-        sum(n * getattr(items[s], field) for s, n in batches.items())
+        sum(n * getattr(items[s], field) for s, n in recipe.batches.items())
         for field in ("student", "tokenizer")
     )
     return recipe.optim.clips / (3600 * cost.gpu_hours(cost.PASSES * student, frozen))

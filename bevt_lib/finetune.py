@@ -135,7 +135,7 @@ def plan(recipe: Finetune) -> str:
     with torch.device("meta"):
         model = build_classifier(recipe)
     items = {"clip": cost.clip_item(recipe, model)}
-    lines = cost.describe(recipe, model, {"clip": recipe.optim.clips}, items)
+    lines = cost.describe(recipe, model, items)
     lines["test views"] = (
         f"{recipe.test_clips} clips x {recipe.test_crops} crops, {recipe.views_at_once} at a time"
     )

@@ -39,12 +39,6 @@ def main(arguments: list[str]) -> None:
             print(f"step {last['step'] + 1}: loss {last['loss']:.3f}; run in {run_folder(recipe)}")
 
 
-def global_batches(recipe: Pretrain) -> dict[str, int]:
-    """Give the items of each stream per optimiser step."""
-    sizes = {"video": recipe.optim.clips, "image": recipe.optim.images}
-    return {stream: sizes[stream] for stream in recipe.streams}
-
-
 def train(recipe: Pretrain) -> tuple[BEVT, list[dict[str, float]]]:
     """Run a pretraining recipe; return the model and the record, one dict per step."""
     loop.set_up(recipe.run)
@@ -61,7 +55,7 @@ def train(recipe: Pretrain) -> tuple[BEVT, list[dict[str, float]]]:
     streams = {
         stream: Source(Positions(items[stream], seed=recipe.run.seed, workers=recipe.data.workers,
                                  stream=Stream[stream.upper()]), batch)
-        for stream, batch in global_batches(recipe).items()
+        for stream, batch in recipe.batches.items()
     }  # fmt: skip
     task = Task(
         model=model, sources=streams, rename=released_name, bad_share=recipe.data.bad_share,
@@ -105,7 +99,7 @@ def plan(recipe: Pretrain) -> str:
     with torch.device("meta"):
         model = build_bevt(recipe)
     items = {s: cost.token_item(recipe, model, tokenizer, s) for s in recipe.streams}
-    lines = cost.describe(recipe, model, global_batches(recipe), items, tokenizer)
+    lines = cost.describe(recipe, model, items, tokenizer)
     lines["tokenizer"] = (
         f"{source}: {recipe.tokens.vocab_size:,} tokens of {recipe.tokens.factor} px"
     )

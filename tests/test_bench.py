@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_cli import run
 
-from bevt_lib import bench
+from bevt_lib import bench, finetune, pretrain
 from bevt_lib.cli import override
 from bevt_lib.datasets.lists import read_entries
 from bevt_lib.datasets.video import Video, read_frames
@@ -42,9 +42,9 @@ def test_all_loops_decode_the_same_frames(films):
 def test_a_gpu_that_trains_at_the_assumed_rate_takes_the_planned_hours(preset):
     """The plan's GPU-hours for all epochs are those of all clips at the benchmark's rate."""
     recipe = preset()
-    door = bench.pretrain if preset is paper_joint else bench.finetune
+    command = pretrain if preset is paper_joint else finetune
     clips = recipe.data.expected_items * recipe.optim.epochs
-    hours = float(re.search(r"GPU-hours +([\d,.]+) on", door.plan(recipe))[1].replace(",", ""))
+    hours = float(re.search(r"GPU-hours +([\d,.]+) on", command.plan(recipe))[1].replace(",", ""))
     assert clips / bench.assumed_rate(recipe) / 3600 == pytest.approx(hours, rel=0.01)
 
 

@@ -299,19 +299,12 @@ def dry_run(command, words, capsys):
 
 
 CHANGED = {
-    pretrain: [
-        "lesson_joint",
-        "--optim.lr",
-        "0.1",
-        "--data.checked",
-        "a b,c",
-        "--streams",
-        "video",
-    ],
+    pretrain: ["lesson_joint", "--optim.lr", "0.1", "--data.video-list", "own.txt",
+               "--data.checked", "a b,c", "--streams", "video"],
     finetune: ["paper_ssv2", "--run.init", "x", "--optim.ema", "0.1", "--num-classes", "3"],
     train_tokenizer: ["lesson_peco", "--perceptual-levels", "1,2", "--run.seed", "7"],
     evaluate: ["paper_k400", "--run.init", "x", "--split", "val", "--allow-missing"],
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("command", PRESETS, ids=name_of)

@@ -12,7 +12,7 @@ from golden_numbers import CASES, FOLDER, arrays
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 
-from bevt_lib import parts, presets, pretrain
+from bevt_lib import parts, presets
 from bevt_lib.model.classifier import Classifier
 from bevt_lib.model.masking import tube_mask
 from bevt_lib.model.swin import Block
@@ -216,7 +216,7 @@ def test_the_hours_of_joint_pretraining_by_hand(joint, dalle):
     student, naming = 3 * (clip + 8 * image), (0.75 * 16 + 8) * 26.059
     seconds = 150 * 240_000 * (student / 0.07 + naming / 0.25) * 1e9 * 2 / 312e12
     recipe = replace(recipe, run=replace(recipe.run, processes=32))
-    lines = cost.describe(recipe, model, pretrain.global_batches(recipe), items, dalle)
+    lines = cost.describe(recipe, model, items, dalle)
     hours = float(lines["GPU-hours"].split()[0].replace(",", ""))
     assert hours == pytest.approx(seconds / 3600, rel=1e-3)
     assert lines["tokens a step"].startswith("12,845,056 patches in, 1,003,520 ids named")
@@ -226,7 +226,7 @@ def test_memory_follows_the_micro_batch_the_world_and_the_average(joint):
     recipe, model, items = joint
 
     def parts(processes, micro, ema=0.0):
-        split = loop.split_batch(pretrain.global_batches(recipe), processes, micro)
+        split = loop.split_batch(recipe.batches, processes, micro)
         changed = replace(recipe, optim=replace(recipe.optim, ema=ema))
         return list(cost.memory(changed, model, items, split).values())
 

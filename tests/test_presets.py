@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_cli import run
 
-from bevt_lib import parts, pretrain
+from bevt_lib import parts
 from bevt_lib.base.config import flatten
 from bevt_lib.datasets import synthetic
 from bevt_lib.presets import FINETUNE, PRETRAIN, TRAIN_TOKENIZER
@@ -98,7 +98,7 @@ def test_a_released_recipe_is_the_table_field_by_field(name):
 def test_a_released_recipe_is_cut_as_on_the_released_gpus(name):
     gpus, each, accumulation, micro = CUT[name]
     recipe = PRESETS[name]()
-    batches = {"clip": recipe.optim.clips} if name in FINETUNE else pretrain.global_batches(recipe)
+    batches = recipe.batches
     assert batches == {stream: gpus * items for stream, items in each.items()}
     split = split_batch(batches, gpus, recipe.run.micro_batch)
     assert (split.accumulation, split.micro) == (accumulation, micro)
@@ -157,7 +157,7 @@ def test_a_small_stage_is_estimated_well_under_its_twenty_minutes(name):
         else:
             model = parts.build_bevt(recipe)
             words = parts.build_tokenizer(recipe).to("meta")
-            batches = pretrain.global_batches(recipe)
+            batches = recipe.batches
             items = [(n, cost.token_item(recipe, model, words, s)) for s, n in batches.items()]
     student, frozen = (
         steps * sum(n * getattr(item, field) for n, item in items)

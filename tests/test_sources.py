@@ -33,7 +33,7 @@ REFUSED = {  # words: what the line says; the files needn't be there
     "pretrain paper_joint --run.dry-run --data.video-root d": [f"give {VIDEO}"],
     "pretrain lesson_image --data.video-list l": ["doesn't use --data.video-list: leave it out"],
     "pretrain small_joint --data.checked r": ["the embedded data and doesn't use --data.checked"],
-    "pretrain lesson_joint --data.video-list l --data.val-list l": ["doesn't use --data.val-list"],
+    "pretrain lesson_joint --data.video-list l --data.val-list l": ["--data.val-list"],
     "finetune paper_k400 --run.init scratch": [f"give {VIDEO} and {VAL}"],
     "finetune paper_ssv2 --data.video-list l": ["paper_ssv2 trains on", f"give {VAL}"],
     "finetune lesson_what --data.video-list l": [f"data of your own: give {VAL}"],
@@ -41,11 +41,11 @@ REFUSED = {  # words: what the line says; the files needn't be there
     "finetune lesson_what --data.video-root d": [f"give {VIDEO} and {VAL}"],
     "finetune lesson_what --task own --num-classes 2": [f"give {VIDEO} and {VAL}"],
     "finetune small_how --data.class-list l": ["doesn't use --data.class-list"],
-    "finetune lesson_how --data.image-root d": ["doesn't use --data.image-root"],
+    "finetune lesson_how --data.image-root d": ["--data.image-root", "leave it out"],
     "evaluate paper_k400 --run.init x": [f"paper_k400 is tested on data of your own: give {VAL}"],
     "evaluate lesson_what --run.init x --data.video-root d": [f"give {VAL}"],
     "train_tokenizer paper_dvae": [f"paper_dvae trains on data of your own: give {IMAGE}"],
-    "train_tokenizer lesson_peco --data.video-list l": ["doesn't use --data.video-list"],
+    "train_tokenizer lesson_peco --data.video-list l": ["--data.video-list", "leave it out"],
 }  # fmt: skip
 
 

@@ -192,6 +192,12 @@ class Pretrain:
     default_init: str = ""  # weights under data/ to start from when run.init is empty
     needs_init: bool = False  # true: refuse to start from random weights
 
+    @property
+    def batches(self) -> dict[str, int]:
+        """The items of each stream per optimiser step."""
+        sizes = {"video": self.optim.clips, "image": self.optim.images}
+        return {stream: sizes[stream] for stream in self.streams}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Finetune:
@@ -227,6 +233,11 @@ class Finetune:
             raise ValueError(f"erasing is a share of the clips, 0 to 1, got {self.erasing}")
         if self.views_at_once < 1 or self.val_epochs < 0:
             raise ValueError("views_at_once is 1 or more, val_epochs 0 or more")
+
+    @property
+    def batches(self) -> dict[str, int]:
+        """The clips per optimiser step."""
+        return {"clip": self.optim.clips}
 
     def clip_spec(self) -> ClipSpec:
         """Give how clips are cut, in training and in tests."""
@@ -293,7 +304,7 @@ UNUSED = {
     ),
     "train_tokenizer": (
         "data.frames", "data.interval", "data.jitter", "data.video_", "data.image_list",
-        "data.val_list", "data.class_list", "data.decoder", "tokens.weights", "tokens.fp16",
+        "data.val_list", "data.class_list", "tokens.weights", "tokens.fp16",
         "optim.clips", "optim.loss_weights", "run.init", "run.test_clips",
     ),
 }  # fmt: skip

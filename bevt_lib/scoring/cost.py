@@ -249,16 +249,15 @@ def gpu_hours(student: int, tokenizer: int) -> float:
 def describe(
     recipe: Pretrain | Finetune,
     model: nn.Module,
-    batches: Mapping[str, int],
     items: Mapping[str, Item],
     tokenizer: FrozenTokenizer | None = None,
 ) -> dict[str, str]:
     """Describe a run by one line a fact: how it is cut, how long it is, what it costs.
 
-    Global ``batches`` and ``items`` are by stream; models lie on meta. Raises ValueError where the
+    ``items`` are by stream; models lie on meta. Raises ValueError where the
     batches can't be cut evenly.
     """
-    processes = recipe.run.processes or distributed.world_size()
+    batches, processes = recipe.batches, recipe.run.processes or distributed.world_size()
     split = loop.split_batch(batches, processes, recipe.run.micro_batch)
     first, expected = next(iter(batches)), recipe.data.expected_items
     steps = total_steps(recipe.optim, expected)
