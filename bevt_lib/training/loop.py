@@ -15,9 +15,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from bevt_lib.base import distributed
@@ -264,40 +265,30 @@ def _batches(
     if start >= stop:
         return
     device = distributed.device()
-    loaders = {s: iter(_loader(source, split, s, start, stop)) for s, source in sources.items()}
+    loaders: dict[str, Iterator[Part]] = {}
+    for stream, source in sources.items():
+        cut = (distributed.rank(), split.processes, split.micro[stream])
+        loaders[stream] = iter(DataLoader(
+            source.items, batch_sampler=list(step_batches(start, stop, source.batch, *cut)),
+            num_workers=source.items.workers, worker_init_fn=one_thread,
+            pin_memory=device.type == "cuda",
+        ))  # fmt: skip
     for step in range(start, stop):
         began = time.perf_counter()
-        micros = [
-            _to_device({s: _next(loader) for s, loader in loaders.items()}, device)
-            for _ in range(split.accumulation)
-        ]
+        micros: list[Batch] = [{s: _next(loader, device) for s, loader in loaders.items()}
+                  for _ in range(split.accumulation)]  # fmt: skip
         yield step, micros, time.perf_counter() - began
 
 
-def _next(loader: Iterator[Part]) -> Part:
-    """Take a loader's next micro-batch. RuntimeError as PyTorch's own where a worker was killed."""
+def _next(loader: Iterator[Part], device: torch.device) -> Part:
+    """Take a loader's next part to the device, but for its numbers, which the host needs.
+
+    Raises RuntimeError as PyTorch's own where a worker was killed.
+    """
     try:
-        return next(loader)
+        part = next(loader).items()
     except (EOFError, ConnectionError, FileNotFoundError) as error:  # killed while handing it over
         raise RuntimeError(f"DataLoader worker seems to be killed: {error!r}") from error
-
-
-def _loader(source: Source, split: Split, stream: str, start: int, stop: int) -> DataLoader[Part]:
-    micro = split.micro[stream]
-    batches = step_batches(start, stop, source.batch, distributed.rank(), split.processes, micro)
-    return DataLoader(
-        source.items,
-        batch_sampler=list(batches),
-        num_workers=source.items.workers,
-        worker_init_fn=one_thread,
-        pin_memory=distributed.device().type == "cuda",
-    )
-
-
-def _to_device(batch: Batch, device: torch.device) -> Batch:
     host = ("position", "replaced")
-
-    def move(part: Mapping[str, Any]) -> dict[str, Any]:
-        return {k: v if k in host else v.to(device, non_blocking=True) for k, v in part.items()}
-
-    return {stream: cast(Part, move(part)) for stream, part in batch.items()}
+    return cast(Part, {k: v if k in host else cast(Tensor, v).to(device, non_blocking=True)
+                       for k, v in part})  # fmt: skip

@@ -19,6 +19,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from bevt_lib.base import config, distributed
+from bevt_lib.base.files import replace_file
 
 try:
     import fcntl
@@ -50,10 +51,8 @@ def check_config(folder: Path, recipe: Mapping[str, Any]) -> None:
     mine = json.loads(json.dumps(dict(recipe)))
     try:
         if not written.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            part = folder / ".config.part"
-            part.write_text(json.dumps(mine, indent=1))
-            os.replace(part, written)
+            with replace_file(written) as part:
+                part.write_text(json.dumps(mine, indent=1))
         found = {RENAMED.get(k, k): v for k, v in json.loads(written.read_text()).items()}
         there = {k: default_value(k, v) for k, v in mine.items()} | found
     except OSError as error:
@@ -99,16 +98,15 @@ def lock_folder(folder: Path) -> Iterator[None]:
         while fcntl:
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
             except OSError as error:
-                if error.errno in (errno.EACCES, errno.EAGAIN):
-                    if time.monotonic() > deadline:
-                        raise ValueError(
-                            f"another run is active in {folder}: wait for it, or choose another "
-                            "--run.folder"
-                        ) from None
-                    time.sleep(0.1)
-                    continue
-            break
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    break  # this file system has no locks
+                if time.monotonic() > deadline:
+                    raise ValueError(
+                        f"another run is active in {folder}: wait, or choose another --run.folder"
+                    ) from None
+            time.sleep(0.1)
         yield
 
 
@@ -136,9 +134,9 @@ class Metrics:
         """Write the history, and open the file for more; call on rank 0 only."""
         if self.folder is None:
             return
-        path, part = self.folder / "metrics.jsonl", self.folder / ".metrics.part"
-        part.write_text("".join(json.dumps(entry) + "\n" for entry in self.history))
-        os.replace(part, path)
+        path = self.folder / "metrics.jsonl"
+        with replace_file(path) as part:
+            part.write_text("".join(json.dumps(entry) + "\n" for entry in self.history))
         self.file = os.open(path, os.O_WRONLY | os.O_APPEND)
 
     def write(self, entry: Entry) -> None:
