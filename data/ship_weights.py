@@ -21,6 +21,7 @@ from bevt_lib.datasets import synthetic
 from bevt_lib.presets import TRAIN_TOKENIZER
 from bevt_lib.train_tokenizer import build_model
 from bevt_lib.training import checkpoint
+from bevt_lib.training.run_folder import read_metrics
 from bevt_lib.weights.load import read_file, read_weights, save_weights
 
 CURVE_STEP = 25  # steps averaged into one point of the curve
@@ -37,7 +38,7 @@ def main(run: Path, name: str, command: str) -> None:
         model.tokenizer().save(target, torch.float16)
     else:
         save_weights(read_weights(folder), target, torch.float8_e4m3fn)
-    history = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    history = read_metrics(run)
     kinds = ("loss", "accuracy", "mse", "perceptual", "perplexity")
     keys = [k for k in history[0] if k.endswith(kinds)]
     curve = {
