@@ -67,6 +67,20 @@ def test_the_readme_shows_the_tree_as_it_is():
     assert top <= set(re.findall(r"\w+", shown)), top - set(re.findall(r"\w+", shown))
 
 
+def test_the_names_that_others_use_are_each_in_one_place():
+    names = (
+        "Video VideoError BadFile read_image pretraining_views read_image_folder read_list "
+        "read_entries Classifier BEVT export read_weights start_classifier load_model "
+        "load_tokenizer"
+    )
+    homes: dict[str, list[str]] = {name: [] for name in names.split()}
+    for path in LIBRARY.rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name in homes:
+                homes[node.name].append(path.name)
+    assert all(len(found) == 1 for found in homes.values()), homes
+
+
 def run_python(code: str) -> str:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
