@@ -201,7 +201,7 @@ def test_replaced_items_are_counted_and_too_many_stop_the_run(tmp_path, monkeypa
     total = np.cumsum([e["video/replaced"] for e in history])
     stop = int(np.argmax(total >= 10))  # 3 of 20: more than a hundredth from the start
     tiny_run.run(str(tmp_path), 24, stop_after=4, save_every=1)
-    expected = rf"{total[stop]:.0f} of the {6 * (stop + 1)} items of the video stream .* 1\.00%"
+    expected = rf"{total[stop]:.0f} of {6 * (stop + 1)} video items .* 1\.00%"
     with pytest.raises(ValueError, match=expected):
         tiny_run.run(str(tmp_path), 24, save_every=1)
     assert checkpoint.latest(tmp_path).name == f"step_{stop:08d}"

@@ -58,18 +58,13 @@ def split_batch(batches: Mapping[str, int], processes: int, micro_batch: int) ->
     first = next(iter(batches.values()))
     micro = micro_batch or first // processes
     accumulation = first // (processes * micro) if micro else 0
+    cut = processes * accumulation
     for stream, batch in batches.items():
-        if (
-            not accumulation
-            or batch % (processes * accumulation)
-            or accumulation * micro * processes != first
-        ):
+        if not cut or batch % cut or cut * micro != first:
             raise ValueError(
                 f"a global batch of {batch} ({stream}) can't be cut into {processes} process(es) x "
-                f"micro-batches of {micro}: choose --run.micro-batch and a number of processes "
-                "that divide it"
+                f"micro-batches of {micro}: --run.micro-batch and the processes must divide it"
             )
-    cut = processes * accumulation
     return Split(processes, accumulation, {s: batch // cut for s, batch in batches.items()})
 
 
@@ -138,7 +133,8 @@ def fit(task: Task, optim: Optim, run: Run) -> list[Entry]:
         for step, micros, waited in _batches(sources, split, start, stop):
             # Make the step.
             began = time.perf_counter()
-            extra_sums = {"asked": float(asked())} | _replacements(micros)
+            extra_sums = {f"{s}/replaced": float(sum(m[s]["replaced"].sum() for m in micros))
+                          for s in sources} | {"asked": float(asked())}  # fmt: skip
             rate = learning_rate(optim, step, items)
             entry = {"step": step, "lr": rate, **update.step(micros, step, rate, extra_sums)}
             entry |= task.after_step(step)
@@ -236,15 +232,6 @@ def _validated(
     return scores
 
 
-def _replacements(micros: list[Batch]) -> dict[str, float]:
-    """Count the items of this process's batches that stand for a bad file."""
-    return {
-        f"{stream}/replaced": float(sum(int(batch[stream]["replaced"].sum()) for batch in micros))
-        for stream, part in micros[0].items()
-        if "replaced" in part
-    }
-
-
 def _refuse_many_replacements(
     replaced: Mapping[str, float], batches: Mapping[str, int], done: int, bad_share: float
 ) -> None:
@@ -252,9 +239,8 @@ def _refuse_many_replacements(
         bad, seen = replaced[stream], done * batch
         if bad >= ALWAYS_TOLERATED and bad > bad_share * seen:
             raise ValueError(
-                f"{bad:.0f} of the {seen} items of the {stream} stream had bad files, more than "
-                f"{bad_share:.2%}: look at them with python -m bevt_lib.check_data, or allow more "
-                "with --data.bad-share"
+                f"{bad:.0f} of {seen} {stream} items had bad files, more than {bad_share:.2%}: see "
+                "python -m bevt_lib.check_data, or allow more with --data.bad-share"
             )
 
 
