@@ -33,12 +33,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.up = nn.ConvTranspose3d(dim, dim, kernel_size=(1, 2, 2), stride=(1, 2, 2))
         self.fuse = nn.Linear(dim // 2 + dim, dim)
-        lift = (frames_per_step, 1, 1)
-        self.lift = (
-            nn.ConvTranspose3d(dim, dim, kernel_size=lift, stride=lift)
-            if frames_per_step > 1
-            else None
-        )
+        lift = (frames_per_step, 1, 1)  # kernel and stride
+        self.lift = nn.ConvTranspose3d(dim, dim, lift, lift) if frames_per_step > 1 else None
 
     def forward(self, stage3: Tensor, stage4: Tensor) -> Tensor:
         height, width = stage3.shape[2:4]
@@ -116,7 +112,7 @@ class BEVT(Saved):
         return torch.where(hidden[..., None], self.mask_token.to(x.dtype), x)
 
     def predict(self, stream: str, pixels: Tensor, mask: Tensor) -> Tensor:
-        """Name every place of the id grid by its likeliest token: int64 (B, T, h, w)."""
+        """Give the likeliest token id of every place: int64 (B, T, h, w)."""
         return self.token_head(self.features(stream, pixels, mask)).argmax(dim=-1)
 
     def stream_loss(
@@ -126,11 +122,9 @@ class BEVT(Saved):
         x = self.features(stream, pixels, mask, noise)
         hidden = mask_in_time(mask, self.frames_per_step[stream])
         if x.shape[:-1] != ids.shape or hidden.shape != ids.shape:
-            raise ValueError(
-                f"{stream}: features {tuple(x.shape[:-1])}, ids {tuple(ids.shape)} and mask "
-                f"{tuple(hidden.shape)} must agree: size the tokenizer's view and the mask from "
-                "the clip's token grid"
-            )
+            shapes = ", ".join(str(tuple(s)) for s in (x.shape[:-1], ids.shape, hidden.shape))
+            raise ValueError(f"{stream}: features, ids and mask must agree, got {shapes}: size the "
+                             "tokenizer's input and the mask from the token grid")  # fmt: skip
         logits, targets = self.token_head(x[hidden]), ids[hidden]
         loss = F.cross_entropy(_whole(logits), targets, reduction="sum")
         correct = (logits.argmax(dim=-1) == targets).sum()
@@ -143,14 +137,8 @@ class BEVT(Saved):
     def forward(self, batch: Batch, noise: Noise | None = None) -> dict[str, Term]:
         """Give each stream's loss for {stream: {"pixels", "ids", "mask"}}; they are summed."""
         return {
-            stream: self.stream_loss(
-                stream,
-                part["pixels"],
-                part["ids"],
-                part["mask"],
-                None if noise is None else noise[stream],
-            )
-            for stream, part in batch.items()
+            s: self.stream_loss(s, p["pixels"], p["ids"], p["mask"], noise[s] if noise else None)
+            for s, p in batch.items()
         }
 
 

@@ -54,11 +54,7 @@ def window_plan(
     shift = _three(w // 2 if shifted and s > w else 0 for s, w in zip(size, window, strict=True))
     padded = _three(math.ceil(s / w) * w for s, w in zip(size, effective, strict=True))
     tokens = math.prod(effective)
-    index = (
-        bias_index(window, window)[:tokens, :tokens]
-        if released_quirks
-        else bias_index(effective, window)
-    )
+    index = bias_index(window if released_quirks else effective, window)[:tokens, :tokens]
     mask = shift_mask(padded, effective, shift).to(device) if any(shift) else None
     return WindowPlan(effective, shift, padded, index.to(device), mask)
 
@@ -80,10 +76,9 @@ def _released_image_plan(
         )
     square = (1, side, side)
     region_shift = (0, side // 2, side // 2)
-    index = bias_index(window, window)[: side * side, : side * side]
-    mask = shift_mask(size, square, region_shift)
-    roll = region_shift if shifted else (0, 0, 0)
-    return WindowPlan(square, roll, size, index.to(device), mask.to(device))
+    index = bias_index(window, window)[: side * side, : side * side].to(device)
+    mask = shift_mask(size, square, region_shift).to(device)
+    return WindowPlan(square, region_shift if shifted else (0, 0, 0), size, index, mask)
 
 
 def bias_index(window: Size3, table_window: Size3) -> Tensor:
@@ -330,17 +325,15 @@ class Swin(nn.Module):
         Without noise no branch is dropped, in training mode too: randomness is the caller's.
         """
         outputs = []
-        per_block = [None] * self.num_blocks if noise is None else noise.split(2, dim=1)
-        keys = iter(per_block)
+        noises = iter([None] * self.num_blocks if noise is None else noise.split(2, dim=1))
         for stage in self.stages:
             assert isinstance(stage, Stage)
             for block in stage.blocks:
                 if self.checkpoint_activations and torch.is_grad_enabled():
-                    x = checkpoint(
-                        block, x, next(keys), use_reentrant=False, preserve_rng_state=False
-                    )
+                    x = checkpoint(block, x, next(noises), use_reentrant=False,
+                                   preserve_rng_state=False)  # fmt: skip
                 else:
-                    x = block(x, next(keys))
+                    x = block(x, next(noises))
             outputs.append(x)
             if stage.downsample is not None:
                 x = stage.downsample(x)
