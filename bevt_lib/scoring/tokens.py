@@ -5,7 +5,7 @@ what makes up a block doesn't depend on their number, so that neither does any b
 """
 
 import math
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -40,12 +40,9 @@ class TokenScore:
     by_distance: dict[int, AtDistance] = field(default_factory=dict)  # 0: no frame shows the place
 
     def __str__(self) -> str:
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "by_distance"}
-        return "\n".join(
-            f"{name:9s} {value:.3f}" if isinstance(value, float) else f"{name:9s} {value}"
-            for name, value in values.items()
-            if value is not None
-        )
+        values = {name: v for name, v in vars(self).items() if isinstance(v, int | float)}
+        return "\n".join(f"{name:9s} {value if name == 'places' else f'{value:.3f}'}"
+                         for name, value in values.items())  # fmt: skip
 
 
 def copy_nearest(ids: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,6 +98,7 @@ def score_tokens(
     """Score masked-token prediction on the first ``count`` items of a held-out data set."""
     model.eval()
     device = next(model.parameters()).device
+    # One row for each hidden place: its id, the copy, its distance, the loss, right or wrong.
     columns = [torch.empty(5, 0, dtype=torch.float64)]
     for block in blocks(count, batch_size):
         batch = collate([items.sample(0, i) for i in block], device)
@@ -112,6 +110,7 @@ def score_tokens(
         found = [*hidden_places(ids, hidden), loss, right]
         columns.append(torch.stack([column.double() for column in found]).cpu())
     truth, guess, distance, losses, right = torch.cat(gather(torch.cat(columns, dim=1)), dim=1)
+    # Means over all places, then by distance from the nearest frame that shows the place.
     copied = (guess == truth).double()
     shares = torch.bincount(truth.long()) / len(truth)
     shares = shares[shares > 0]
@@ -122,8 +121,6 @@ def score_tokens(
     if stream != "video":
         return score
     near = {int(d): distance == d for d in distance.unique()}
-    means = {
-        d: AtDistance(int(at.sum()), *(float(x[at].mean()) for x in (right, copied, losses)))
-        for d, at in near.items()
-    }
+    means = {d: AtDistance(int(at.sum()), *(float(x[at].mean()) for x in (right, copied, losses)))
+             for d, at in near.items()}  # fmt: skip
     return replace(score, copy=float(copied.mean()), by_distance=means)
