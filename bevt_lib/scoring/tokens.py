@@ -98,7 +98,7 @@ def score_tokens(
     """Score masked-token prediction on the first ``count`` items of a held-out data set."""
     model.eval()
     device = next(model.parameters()).device
-    # One row for each hidden place: its id, the copy, its distance, the loss, right or wrong.
+    # One column for each hidden place: its id, the copy, its distance, the loss, right or wrong.
     columns = [torch.empty(5, 0, dtype=torch.float64)]
     for block in blocks(count, batch_size):
         batch = collate([items.sample(0, i) for i in block], device)
