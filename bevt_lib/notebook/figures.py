@@ -8,7 +8,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from IPython.display import Image
-from matplotlib.figure import Figure
 
 from bevt_lib.base.trainable import collate
 from bevt_lib.model.bevt import BEVT
@@ -185,7 +184,7 @@ def prediction_rows(
 def show_curves(
     curves: Mapping[str, Sequence[float]], *, baselines: Mapping[str, float] | None = None,
     window: int = 25, ylabel: str = "loss (nats)",
-) -> Figure:  # fmt: skip
+) -> plt.Figure:  # fmt: skip
     """Draw curves over steps, averaged over a trailing window, with baselines as dashed lines."""
     figure, axis = plt.subplots(figsize=(7, 3))
     for name, values in curves.items():
@@ -195,7 +194,7 @@ def show_curves(
     return _labelled(figure, window, ylabel)
 
 
-def _labelled(figure: Figure, window: int, ylabel: str) -> Figure:
+def _labelled(figure: plt.Figure, window: int, ylabel: str) -> plt.Figure:
     """Label a figure of smoothed curves, with one legend for all its axes."""
     handles = [h for axis in figure.axes for h in axis.get_legend_handles_labels()[0]]
     figure.axes[0].set(xlabel=f"step (mean of the last {window})", ylabel=ylabel)
@@ -241,7 +240,7 @@ def tell_run(folder: str | Path, window: int = 25, points: str = "val/top1") -> 
 
 def show_runs(
     folders: Sequence[str | Path], *, window: int = 25, points: str = "val/top1"
-) -> Figure:
+) -> plt.Figure:
     """Draw the losses of runs over steps, a colour a run and a dash a stream, and validations.
 
     Losses are averaged over a trailing window; ``points`` are marked on an axis of their own, on

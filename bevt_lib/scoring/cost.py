@@ -157,6 +157,7 @@ def hidden_places(target: int, steps: int, tube: tuple[float, float], frames_per
 
 def token_item(recipe: Pretrain, model: BEVT, tokenizer: FrozenTokenizer, stream: str) -> Item:
     """Measure one item of a pretraining stream; ``model`` and ``tokenizer`` lie on meta."""
+    # How many places there are, how many are hidden, and in how many frames.
     per_step, side = model.frames_per_step[stream], recipe.data.size
     shape = (3, recipe.data.frames if stream == "video" else IMAGE_FRAMES, side, side)
     _, frames, high, wide, dim = model.features(stream, empty(1, *shape)).shape
@@ -166,11 +167,11 @@ def token_item(recipe: Pretrain, model: BEVT, tokenizer: FrozenTokenizer, stream
         hidden_places(target, frames // per_step, tube, per_step)
         for target in (recipe.masking.target((high, wide)), 1)  # 1: frames that hold any
     )
+    # Multiply-adds: encoder and decoder, the head at one place, the tokenizer on one frame.
     view = (high * tokenizer.factor, wide * tokenizer.factor, 3)
     body = count(model.features, stream, empty(1, *shape)).total
-    head = count(model.token_head, empty(1, dim)).total  # at one place
-    naming = count(tokenizer.encode, empty(1, *view, dtype=torch.uint8)).total  # one frame
-
+    head = count(model.token_head, empty(1, dim)).total
+    naming = count(tokenizer.encode, empty(1, *view, dtype=torch.uint8)).total
     rest = (f" on about {named} frames that hold one ({amount(frames * naming)} on all {frames}, as"
             " released)" if named < frames else "")  # fmt: skip
 

@@ -11,8 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bevt_lib.base.distributed import blocks, gather
-from bevt_lib.base.trainable import collate
+from bevt_lib.base import distributed, trainable
 from bevt_lib.model.bevt import BEVT
 from bevt_lib.model.masking import mask_in_time
 from bevt_lib.tokenizers.base import FrozenTokenizer, add_tokens
@@ -93,23 +92,23 @@ def copy_table(train: Tensor, val: Tensor, vocab_size: int, frames: int) -> Tens
 
 @torch.no_grad()
 def score_tokens(
-    model: BEVT, tokenizer: FrozenTokenizer, stream: str, items, count: int, batch_size: int = 32
+    model: BEVT, tokenizer: FrozenTokenizer, stream: str, items, count: int
 ) -> TokenScore:
     """Score masked-token prediction on the first ``count`` items of a held-out data set."""
     model.eval()
     device = next(model.parameters()).device
     # One column for each hidden place: its id, the copy, its distance, the loss, right or wrong.
     columns = [torch.empty(5, 0, dtype=torch.float64)]
-    for block in blocks(count, batch_size):
-        batch = collate([items.sample(0, i) for i in block], device)
+    for block in distributed.blocks(count, 32):
+        batch = trainable.collate([items.sample(0, i) for i in block], device)
         part = add_tokens({stream: batch}, tokenizer)[stream]
         ids, hidden = part["ids"], mask_in_time(part["mask"], model.frames_per_step[stream])
         logits = model.token_head(model.features(stream, part["pixels"], part["mask"]))[hidden]
         loss = nn.functional.cross_entropy(logits.float(), ids[hidden], reduction="none")
-        right = logits.argmax(-1) == ids[hidden]
-        found = [*hidden_places(ids, hidden), loss, right]
+        found = [*hidden_places(ids, hidden), loss, logits.argmax(-1) == ids[hidden]]
         columns.append(torch.stack([column.double() for column in found]).cpu())
-    truth, guess, distance, losses, right = torch.cat(gather(torch.cat(columns, dim=1)), dim=1)
+    everywhere = distributed.gather(torch.cat(columns, dim=1))
+    truth, guess, distance, losses, right = torch.cat(everywhere, dim=1)
     # Means over all places, then by distance from the nearest frame that shows the place.
     copied = (guess == truth).double()
     shares = torch.bincount(truth.long()) / len(truth)
