@@ -27,7 +27,7 @@ from bevt_lib.model.normalisation import normalise
 from bevt_lib.parts import build_classifier, initialise_classifier
 from bevt_lib.presets import FINETUNE
 from bevt_lib.scoring import cost
-from bevt_lib.scoring.classes import ClassScore, score_classes, score_split
+from bevt_lib.scoring.classes import ClassScore, score_split, score_videos
 from bevt_lib.training import loop
 from bevt_lib.training.optim import total_steps
 from bevt_lib.training.task import Source, Task
@@ -121,8 +121,8 @@ def validation(recipe: Finetune, model: Classifier) -> Callable[[int], dict[str,
     items = sources.labelled_items(recipe, "val")
 
     def validate(step: int) -> dict[str, float]:
-        result = score_classes(model, items, recipe.num_classes, at_once=recipe.views_at_once,
-                               workers=recipe.data.workers)  # fmt: skip
+        result = score_videos(model, items, recipe.num_classes, at_once=recipe.views_at_once,
+                              workers=recipe.data.workers).summary()  # fmt: skip
         numbers = {"top1": result.top1, "top5": result.top5, "mean_class": result.mean_class}
         return numbers | ({"unread": len(result.unread)} if result.unread else {})
 

@@ -8,7 +8,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from IPython.display import Image
-from matplotlib.figure import Figure
 
 from bevt_lib.base.trainable import collate
 from bevt_lib.model.bevt import BEVT
@@ -18,6 +17,7 @@ from bevt_lib.training.run_folder import read_metrics
 
 GREY = np.array([128, 128, 128], dtype=np.uint8)
 Curve = tuple[np.ndarray, np.ndarray]  # steps int64, values float64
+Rows = Mapping[str, np.ndarray]  # frames by name, uint8 (T, H, W, 3)
 
 
 def has_cut(frames: np.ndarray) -> bool:
@@ -65,11 +65,7 @@ def colours_of_ids(ids: np.ndarray, vocab_size: int) -> np.ndarray:
 
 
 def show_rows(
-    rows: Mapping[str, np.ndarray],
-    *,
-    every: int = 1,
-    width: float = 11.0,
-    titles: Sequence[str] | None = None,
+    rows: Rows, *, every: int = 1, width: float = 11.0, titles: Sequence[str] | None = None
 ) -> Image:
     """Draw one row of frames for each named uint8 (T, H, W, 3), time from left to right.
 
@@ -80,6 +76,7 @@ def show_rows(
     side = min(width / columns, 2.2)
     margin = 0.3 + 0.09 * max(map(len, rows))  # inches: room for the longest name
     size = side * columns + margin, side * len(rows) + 0.25
+    # One line of pictures for each name, which stands to the left.
     figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False)
     for line, (name, frames) in zip(axes, rows.items(), strict=True):
         for axis in line:
@@ -87,10 +84,11 @@ def show_rows(
         for axis, number in zip(line, range(0, len(frames), every), strict=False):
             axis.imshow(frames[number], interpolation="nearest")
             if name == next(iter(rows)):
-                told = titles[number] if titles else f"t={number}" if columns > 1 else ""
-                axis.set_title(told, fontsize=9)
+                title = titles[number] if titles else f"t={number}" if columns > 1 else ""
+                axis.set_title(title, fontsize=9)
         line[0].annotate(name, (0, 0.5), (-6, 0), "axes fraction", "offset points", ha="right",
                          va="center", fontsize=10)  # fmt: skip
+    # Lay out by hand: the longest name just fits.
     figure.subplots_adjust(left=margin / size[0], right=0.995, top=1 - 0.25 / size[1],
                            bottom=0.01, wspace=0.04, hspace=0.06)  # fmt: skip
     buffer = io.BytesIO()
@@ -177,32 +175,30 @@ def prediction_rows(
     painted = tokenizer.decode(ids[0]).numpy()
     view = sample["tokenizer_input"]
     mask = enlarge(hidden[0].numpy(), view.shape[1])[..., None]
-    rows = {
-        "original": sample["pixels"],
-        "masked": hide_pixels(sample["pixels"], hidden[0].numpy()),
-        "predicted": painted,
-        "pasted": np.where(mask, painted, view),
-    }
-    right = (ids == part["ids"])[hidden].float().mean()
-    return rows, float(right)
+    masked = hide_pixels(sample["pixels"], hidden[0].numpy())
+    rows = {"original": sample["pixels"], "masked": masked, "predicted": painted,
+            "pasted": np.where(mask, painted, view)}  # fmt: skip
+    return rows, float((ids == part["ids"])[hidden].float().mean())
 
 
 def show_curves(
-    curves: Mapping[str, Sequence[float]],
-    *,
-    baselines: Mapping[str, float] | None = None,
-    window: int = 25,
-    ylabel: str = "loss (nats)",
-) -> Figure:
+    curves: Mapping[str, Sequence[float]], *, baselines: Mapping[str, float] | None = None,
+    window: int = 25, ylabel: str = "loss (nats)",
+) -> plt.Figure:  # fmt: skip
     """Draw curves over steps, averaged over a trailing window, with baselines as dashed lines."""
     figure, axis = plt.subplots(figsize=(7, 3))
     for name, values in curves.items():
         axis.plot(smooth(values, window), label=name)
     for number, (name, value) in enumerate((baselines or {}).items()):
         axis.axhline(value, ls="--", lw=1, color=f"C{7 + number}", label=f"{name}: {value:.2f}")
-    axis.set_xlabel(f"step (mean of the last {window})")
-    axis.set_ylabel(ylabel)
-    axis.legend(fontsize=8)
+    return _labelled(figure, window, ylabel)
+
+
+def _labelled(figure: plt.Figure, window: int, ylabel: str) -> plt.Figure:
+    """Label a figure of smoothed curves, with one legend for all its axes."""
+    handles = [h for axis in figure.axes for h in axis.get_legend_handles_labels()[0]]
+    figure.axes[0].set(xlabel=f"step (mean of the last {window})", ylabel=ylabel)
+    figure.axes[0].legend(handles=handles, fontsize=8)
     figure.tight_layout()
     plt.close(figure)
     return figure
@@ -221,10 +217,8 @@ def read_run(folder: str | Path) -> dict[str, Curve]:
             columns.setdefault(name, {})[step] = value
     if not columns:
         raise ValueError(f"{folder} holds no record of a run: no step in metrics.jsonl")
-    return {
-        name: (np.array(list(found), dtype=np.int64), np.array(list(found.values()), dtype=float))
-        for name, found in columns.items()
-    }
+    return {name: (np.array([*found], dtype=np.int64), np.array([*found.values()], dtype=float))
+            for name, found in columns.items()}  # fmt: skip
 
 
 def tell_run(folder: str | Path, window: int = 25, points: str = "val/top1") -> str:
@@ -246,7 +240,7 @@ def tell_run(folder: str | Path, window: int = 25, points: str = "val/top1") -> 
 
 def show_runs(
     folders: Sequence[str | Path], *, window: int = 25, points: str = "val/top1"
-) -> Figure:
+) -> plt.Figure:
     """Draw the losses of runs over steps, a colour a run and a dash a stream, and validations.
 
     Losses are averaged over a trailing window; ``points`` are marked on an axis of their own, on
@@ -260,25 +254,18 @@ def show_runs(
         losses = [name for name in run if name.endswith("/loss") and not name.startswith("val/")]
         for dash, name in zip(("-", "--", ":"), losses, strict=False):
             steps, values = run[name]
-            stream = name.removesuffix("/loss")
-            axis.plot(steps, smooth(values, window), dash, color=colour,
-                      lw=1.5 if number else 4.0, label=f"{label}: {stream}")  # fmt: skip
+            axis.plot(steps, smooth(values, window), dash, color=colour, lw=1.5 if number else 4.0,
+                      label=f"{label}: {name.removesuffix('/loss')}")  # fmt: skip
         if points in run:
             right = right or axis.twinx()
             right.plot(*run[points], "o", color=colour, label=f"{label}: {points}")
             right.set_ylabel(points)
-    axis.set_xlabel(f"step (mean of the last {window})")
-    axis.set_ylabel("loss (nats)")
-    handles = [h for a in (axis, right) if a for h in a.get_legend_handles_labels()[0]]
-    axis.legend(handles=handles, fontsize=8)
-    figure.tight_layout()
-    plt.close(figure)
-    return figure
+    return _labelled(figure, window, "loss (nats)")
 
 
 def smooth(values: Sequence[float] | np.ndarray, window: int) -> np.ndarray:
     """Average a curve over a trailing window: float64 (len(values),)."""
-    sums = np.cumsum(np.insert(np.asarray(values, dtype=float), 0, 0.0))
-    starts = np.maximum(np.arange(1, len(sums)) - window, 0)
+    sums = np.cumsum([0.0, *values])
     ends = np.arange(1, len(sums))
+    starts = np.maximum(ends - window, 0)
     return (sums[ends] - sums[starts]) / (ends - starts)

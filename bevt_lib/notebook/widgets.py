@@ -10,31 +10,30 @@ import torch
 from PIL import Image
 
 from bevt_lib.model.masking import tube_mask
-from bevt_lib.notebook.figures import code_tiles, hide_pixels, tell_code
+from bevt_lib.notebook.figures import Rows, code_tiles, enlarge, hide_pixels, tell_code
 from bevt_lib.tokenizers.base import FrozenTokenizer
-
-
-def png(picture: np.ndarray, zoom: int = 1) -> bytes:
-    """Encode uint8 (H, W, 3) as PNG, each pixel repeated ``zoom`` times each way."""
-    buffer = io.BytesIO()
-    Image.fromarray(picture.repeat(zoom, axis=0).repeat(zoom, axis=1)).save(buffer, "png")
-    return buffer.getvalue()
 
 
 def panel(
     sliders: Mapping[str, ipywidgets.Widget], draw: Callable[..., tuple[np.ndarray, str]], zoom: int
 ) -> ipywidgets.VBox:
-    """Put sliders over a picture and a line of text that follow them."""
+    """Put sliders, by name, over a picture and a line of text that follow them.
+
+    ``draw`` takes the sliders' values by name and gives the picture, uint8 (H, W, 3), each pixel of
+    which is shown ``zoom`` times each way, and the text.
+    """
     # By itself JupyterLab stretches a picture to the notebook's width.
     picture = ipywidgets.Image(format="png", layout=ipywidgets.Layout(align_self="flex-start"))
     text = ipywidgets.Label()
 
     def update(_: object = None) -> None:
-        frame, line = draw(**{name: slider.value for name, slider in sliders.items()})
-        picture.value = png(np.ascontiguousarray(frame), zoom)
-        text.value = line
+        shown, text.value = draw(**{name: slider.value for name, slider in sliders.items()})
+        buffer = io.BytesIO()
+        Image.fromarray(shown.repeat(zoom, axis=0).repeat(zoom, axis=1)).save(buffer, "png")
+        picture.value = buffer.getvalue()
 
-    for slider in sliders.values():
+    for name, slider in sliders.items():
+        slider.description = name
         slider.observe(update, "value")
     update()
     return ipywidgets.VBox([*sliders.values(), text, picture])
@@ -46,60 +45,46 @@ def beside(tiles: Iterable[np.ndarray]) -> np.ndarray:
     return np.concatenate([np.pad(tile, gap, constant_values=255) for tile in tiles], axis=1)
 
 
-def mask_explorer(clips: Mapping[str, np.ndarray], grid: int, frames_per_step: int = 2):
+def mask_explorer(clips: Rows, grid: int, frames_per_step: int = 2):
     """Explore tube masks: clip, share, smallest block, tube length, seed and time.
 
     ``clips``: uint8 (T, S, S, 3) by name, all of one shape.
     """
-    frames = len(next(iter(clips.values())))
-    steps = frames // frames_per_step
+    cells, frames = grid * grid, len(next(iter(clips.values())))
 
-    def draw(clip, share, block, length, seed, time):
-        target = max(1, round(share * grid * grid))
-        mask = tube_mask((steps, grid, grid), Random(seed), length=length, target=target,
-                         min_block=min(block, target))  # fmt: skip
-        shown = hide_pixels(clips[clip], mask)[time]
-        return (
-            shown,
-            f"hidden: {mask.mean():.0%} of all tokens, {mask.any(0).mean():.0%} of a frame",
-        )
+    def draw(clip, share, block, tube, seed, time):
+        target = max(1, round(share * cells))
+        mask = tube_mask((frames // frames_per_step, grid, grid), Random(seed), length=tube,
+                         target=target, min_block=min(block, target))  # fmt: skip
+        line = f"hidden: {mask.mean():.0%} of all tokens, {mask.any(0).mean():.0%} of a frame"
+        return hide_pixels(clips[clip], mask)[time], line
 
-    sliders = {
-        "clip": ipywidgets.Dropdown(options=list(clips), description="clip"),
-        "share": ipywidgets.FloatSlider(0.5, min=0.1, max=0.9, step=0.1, description="share"),
-        "block": ipywidgets.IntSlider(
-            max(1, round(grid * grid * 16 / 196)), min=1, max=grid * grid // 2, description="block"
-        ),
-        "length": ipywidgets.FloatRangeSlider(
-            value=(0.5, 1.0), min=0.25, max=1.0, step=0.25, description="tube"
-        ),
-        "seed": ipywidgets.IntSlider(0, min=0, max=20, description="seed"),
-        "time": ipywidgets.IntSlider(frames // 2, min=0, max=frames - 1, description="time"),
-    }
-    return panel(sliders, draw, zoom=3)
+    return panel({
+        "clip": ipywidgets.Dropdown(options=list(clips)),
+        "share": ipywidgets.FloatSlider(0.5, min=0.1, max=0.9, step=0.1),
+        "block": ipywidgets.IntSlider(max(1, round(cells * 16 / 196)), min=1, max=cells // 2),
+        "tube": ipywidgets.FloatRangeSlider(value=(0.5, 1.0), min=0.25, max=1.0, step=0.25),
+        "seed": ipywidgets.IntSlider(0, min=0, max=20),
+        "time": ipywidgets.IntSlider(frames // 2, min=0, max=frames - 1),
+    }, draw, zoom=3)  # fmt: skip
 
 
-def time_slider(rows: Mapping[str, np.ndarray]):
+def time_slider(rows: Rows):
     """Walk through time over rows of frames uint8 (T, S, S, 3), side by side."""
     frames = len(next(iter(rows.values())))
     size = max(r.shape[1] for r in rows.values())
 
     def draw(time):
-        shown = [r[time].repeat(size // r.shape[1], 0).repeat(size // r.shape[2], 1)
-                 for r in rows.values()]  # fmt: skip
+        shown = [enlarge(r[time : time + 1], size)[0] for r in rows.values()]
         return beside(shown), f"t = {time}: {' | '.join(rows)}"
 
-    slider = ipywidgets.IntSlider(0, min=0, max=frames - 1, description="time")
-    return panel({"time": slider}, draw, zoom=2)
+    return panel({"time": ipywidgets.IntSlider(0, min=0, max=frames - 1)}, draw, zoom=2)
 
 
 def codebook_explorer(
-    tokenizers: Mapping[str, FrozenTokenizer],
-    views: np.ndarray,
-    labels: np.ndarray,
-    names: Sequence[str],
-    code: int = 0,
-):
+    tokenizers: Mapping[str, FrozenTokenizer], views: np.ndarray, labels: np.ndarray,
+    names: Sequence[str], code: int = 0,
+):  # fmt: skip
     """Walk codebooks: tokenizer and code; what it paints, where it stands, what it names.
 
     ``views``: uint8 (N, S, S, 3); ``labels``: int (N,), indices of ``names``. The picture is
@@ -113,8 +98,6 @@ def codebook_explorer(
         return beside(tiles), tell_code(ids, code, labels, names)
 
     last = min(t.vocab_size for t in tokenizers.values()) - 1
-    sliders = {
-        "tokenizer": ipywidgets.Dropdown(options=list(tokenizers), description="tokenizer"),
-        "code": ipywidgets.IntSlider(code, min=0, max=last, description="code"),
-    }
-    return panel(sliders, draw, zoom=2)
+    book = ipywidgets.Dropdown(options=list(tokenizers))
+    number = ipywidgets.IntSlider(code, min=0, max=last)
+    return panel({"tokenizer": book, "code": number}, draw, zoom=2)

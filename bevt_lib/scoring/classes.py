@@ -12,13 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from bevt_lib.base import distributed
+from bevt_lib.base import distributed, files
 from bevt_lib.base.config import Finetune
-from bevt_lib.base.distributed import blocks, gather
-from bevt_lib.base.files import replace_file
-from bevt_lib.datasets import synthetic
-from bevt_lib.datasets.augment import one_thread
-from bevt_lib.datasets.sources import labelled_items
+from bevt_lib.datasets import augment, sources, synthetic
 from bevt_lib.datasets.video import BadFile
 from bevt_lib.model.classifier import Classifier
 from bevt_lib.model.normalisation import normalise
@@ -41,11 +37,9 @@ class ClassScore:
         present = sum(not math.isnan(share) for share in self.per_class)
         only = f" (of the {present} classes with a clip)" if present < self.classes else ""
         left = f"; LEFT OUT {len(self.unread)} clips that can't be read" if self.unread else ""
-        return (
-            f"top-1 {self.top1:.3f} (lower 95 % bound {self.lower95:.3f}) on {self.clips} clips, "
-            f"chance {1 / self.classes:.3f}; top-5 {self.top5:.3f}, mean class "
-            f"{self.mean_class:.3f}{only}{left}"
-        )
+        top1 = f"top-1 {self.top1:.3f} (lower 95 % bound {self.lower95:.3f}) on {self.clips} clips"
+        return (f"{top1}, chance {1 / self.classes:.3f}; top-5 {self.top5:.3f}, mean class "
+                f"{self.mean_class:.3f}{only}{left}")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,7 +48,7 @@ class Scores:
 
     labels: Tensor  # int64 (n,)
     probabilities: Tensor  # float32 (n, classes), mean over the views
-    errors: dict[int, str]  # of the videos that can't be read: why; their probabilities are NaN
+    errors: dict[int, str]  # index: why that video can't be read; its probabilities are NaN
 
     def summary(self) -> ClassScore:
         """Count top-1, top-5 and mean class accuracy; equals rank by class number.
@@ -111,24 +105,16 @@ class _ViewsOf(Dataset):
             return index, None, self.bad[index]
         try:
             views = self.items.test_views(index, self.clips, self.crops)
+            return index, torch.from_numpy(views), ""
         except BadFile as error:
             return index, None, str(error)
-        return index, torch.from_numpy(views), ""
 
 
 @torch.no_grad()
 def score_videos(
-    model: Classifier,
-    items,
-    num_classes: int,
-    *,
-    clips: int = 1,
-    crops: int = 1,
-    count: int = 0,
-    at_once: int = 32,
-    workers: int = 0,
-    bad: Mapping[int, str] | None = None,
-) -> Scores:
+    model: Classifier, items, num_classes: int, *, clips: int = 1, crops: int = 1, count: int = 0,
+    at_once: int = 32, workers: int = 0, bad: Mapping[int, str] | None = None,
+) -> Scores:  # fmt: skip
     """Recognise the first ``count`` videos (0: all), each from ``clips`` x ``crops`` views.
 
     ``at_once`` views go through the model at a time, while ``workers`` loader processes decode the
@@ -139,9 +125,10 @@ def score_videos(
     total = min(count or len(items), len(items))
     together = max(1, at_once // (clips * crops))  # videos
     loader = DataLoader(
-        _ViewsOf(items, clips, crops, bad or {}), batch_sampler=blocks(total, together),
-        num_workers=workers, collate_fn=list, worker_init_fn=one_thread,
+        _ViewsOf(items, clips, crops, bad or {}), num_workers=workers, collate_fn=list,
+        batch_sampler=distributed.blocks(total, together), worker_init_fn=augment.one_thread,
     )  # fmt: skip
+    # Score this process's share of the list.
     mine: list[int] = []
     found = [torch.empty(0, num_classes)]
     wrong: dict[int, str] = {}
@@ -152,18 +139,14 @@ def score_videos(
             mine += read
             shares = score_views(model, torch.stack(list(read.values())), at_once)
             found.append(shares.float().cpu())
+    # Put the shares of all processes together, in the list's order.
     rows = torch.full((total, num_classes), math.nan)
     errors: dict[int, str] = {}
-    for indices, part, unread in gather((mine, torch.cat(found), wrong)):
+    for indices, part, unread in distributed.gather((mine, torch.cat(found), wrong)):
         rows[indices] = part
         errors |= unread
     labels = torch.tensor([items.label(i) for i in range(total)])
     return Scores(labels, rows, dict(sorted(errors.items())))
-
-
-def score_classes(model: Classifier, items, num_classes: int, **settings: Any) -> ClassScore:
-    """Sum up :func:`score_videos`, which has the settings."""
-    return score_videos(model, items, num_classes, **settings).summary()
 
 
 def write_scores(scores: Scores, names: Sequence[str], file: Path) -> None:
@@ -172,7 +155,7 @@ def write_scores(scores: Scores, names: Sequence[str], file: Path) -> None:
     "path", "label", then "predicted" and "probabilities" of the classes (every digit of their
     float32), or "error".
     """
-    with replace_file(file) as part, part.open("w", encoding="utf-8") as lines:
+    with files.replace_file(file) as part, part.open("w", encoding="utf-8") as lines:
         pairs = zip(scores.labels.tolist(), scores.probabilities.numpy(), strict=True)
         for number, (label, row) in enumerate(pairs):
             entry: dict[str, Any] = {"path": names[number], "label": label}
@@ -185,22 +168,19 @@ def write_scores(scores: Scores, names: Sequence[str], file: Path) -> None:
 
 
 def score_split(
-    recipe: Finetune,
-    model: Classifier,
-    split: str = "test",
-    count: int = 0,
-    file: Path | None = None,
-    **views: int,
-) -> ClassScore:
+    recipe: Finetune, model: Classifier, split: str = "test", count: int = 0,
+    file: Path | None = None, **views: int,
+) -> ClassScore:  # fmt: skip
     """Score a model on held-out clips; ``views``: clips and crops, by default the recipe's.
 
     Rank 0 writes what it says of each to ``file``.
     """
     views = {"clips": recipe.test_clips, "crops": recipe.test_crops} | views
     # A figure is of the whole list: what check_data calls bad counts as unread.
-    items, bad = labelled_items(replace(recipe, data=replace(recipe.data, checked=())), split), {}
+    whole, bad = replace(recipe, data=replace(recipe.data, checked=())), {}
+    items = sources.labelled_items(whole, split)
     if recipe.data.checked:
-        kept = set(labelled_items(recipe, split).entries)
+        kept = set(sources.labelled_items(recipe, split).entries)
         bad = {i: f"{entry.path}: is bad by --data.checked" for i, entry in enumerate(items.entries)
                if entry not in kept}  # fmt: skip
     found = score_videos(

@@ -8,7 +8,6 @@ import math
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,10 +22,7 @@ from bevt_lib.base.config import Finetune, Pretrain
 from bevt_lib.model.bevt import BEVT, IMAGE_FRAMES
 from bevt_lib.model.classifier import Classifier
 from bevt_lib.tokenizers.base import FrozenTokenizer
-from bevt_lib.training import loop
-from bevt_lib.training.loop import Split
-from bevt_lib.training.optim import total_steps
-from bevt_lib.training.step import checkpoint_blocks
+from bevt_lib.training import loop, optim, step
 
 GPU, GPU_PEAK = "A100", 312e12  # bf16 or fp16 operations per second, dense; NVIDIA's data sheet
 # Share of the peak in training Swin-B. Others measured 0.08 on images (A100, 282 a second:
@@ -80,10 +76,10 @@ class Bf16(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         dtype = torch.bfloat16 if func in self.DOWN else torch.float32 if func in self.UP else None
         if dtype:
-            args, kwargs = tree_map_only(Tensor, partial(self.cast, dtype), (args, kwargs))
+            args, kwargs = tree_map_only(Tensor, lambda x: self.cast(x, dtype), (args, kwargs))
         return func(*args, **(kwargs or {}))
 
-    def cast(self, dtype: torch.dtype, x: Tensor) -> Tensor:
+    def cast(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Cast a floating-point tensor."""
         if not x.is_floating_point() or x.dtype == dtype:
             return x
@@ -122,6 +118,10 @@ class Item:
     loss: Callable[[int], Tensor]  # of a micro-batch of so many, on meta
 
 
+Recipe = Pretrain | Finetune
+Items = Mapping[str, Item]  # by stream
+
+
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Make a tensor without values."""
     return torch.empty(shape, dtype=dtype, device="meta")
@@ -140,11 +140,9 @@ def parameters(module: nn.Module) -> int:
 
 def write(lines: Mapping[str, str]) -> str:
     """Write a plan's lines under each other, values in one column, wrapped."""
-    column = " " * 18
-    return "\n".join(
-        textwrap.fill(value, 96, initial_indent=f"{key:17s} ", subsequent_indent=column)
-        for key, value in lines.items()
-    )
+    return "\n".join(textwrap.fill(value, 96, initial_indent=f"{key:17s} ",
+                                   subsequent_indent=18 * " ")
+                     for key, value in lines.items())  # fmt: skip
 
 
 def hidden_places(target: int, steps: int, tube: tuple[float, float], frames_per_step: int) -> int:
@@ -159,6 +157,7 @@ def hidden_places(target: int, steps: int, tube: tuple[float, float], frames_per
 
 def token_item(recipe: Pretrain, model: BEVT, tokenizer: FrozenTokenizer, stream: str) -> Item:
     """Measure one item of a pretraining stream; ``model`` and ``tokenizer`` lie on meta."""
+    # How many places there are, how many are hidden, and in how many frames.
     per_step, side = model.frames_per_step[stream], recipe.data.size
     shape = (3, recipe.data.frames if stream == "video" else IMAGE_FRAMES, side, side)
     _, frames, high, wide, dim = model.features(stream, empty(1, *shape)).shape
@@ -168,15 +167,13 @@ def token_item(recipe: Pretrain, model: BEVT, tokenizer: FrozenTokenizer, stream
         hidden_places(target, frames // per_step, tube, per_step)
         for target in (recipe.masking.target((high, wide)), 1)  # 1: frames that hold any
     )
+    # Multiply-adds: encoder and decoder, the head at one place, the tokenizer on one frame.
     view = (high * tokenizer.factor, wide * tokenizer.factor, 3)
     body = count(model.features, stream, empty(1, *shape)).total
-    head = count(model.token_head, empty(1, dim)).total  # at one place
-    naming = count(tokenizer.encode, empty(1, *view, dtype=torch.uint8)).total  # one frame
-
-    rest = "" if named == frames else (
-        f" on about {named} frames that hold one ({amount(frames * naming)} on all {frames}, as "
-        "released)"
-    )  # fmt: skip
+    head = count(model.token_head, empty(1, dim)).total
+    naming = count(tokenizer.encode, empty(1, *view, dtype=torch.uint8)).total
+    rest = (f" on about {named} frames that hold one ({amount(frames * naming)} on all {frames}, as"
+            " released)" if named < frames else "")  # fmt: skip
 
     def loss(items: int) -> Tensor:
         noise = empty(items, model.noise_sizes[stream])
@@ -213,12 +210,9 @@ def clip_item(recipe: Finetune, model: Classifier) -> Item:
 
 
 def memory(
-    recipe: Pretrain | Finetune,
-    model: nn.Module,
-    items: Mapping[str, Item],
-    split: Split,
+    recipe: Recipe, model: nn.Module, items: Items, split: loop.Split,
     tokenizer: nn.Module | None = None,
-) -> dict[str, int]:
+) -> dict[str, int]:  # fmt: skip
     """Estimate the bytes a GPU needs, by what they are for.
 
     Not counted: the work space of single operations, the gaps between tensors and, with
@@ -226,19 +220,18 @@ def memory(
     quarter of Swin-B's width, the peak of a forward and backward pass was 0.1 % above what the
     forward pass keeps; we measured on no GPU.
     """
-    state = {"weights": 1, "gradients": 1, "AdamW's moments": 2}
-    if split.processes > 1:
-        state["DDP's buckets"] = 1  # the gradients again, on their way between GPUs
-    if recipe.optim.ema:
-        state["average"] = 1
-    checkpoint_blocks(model, recipe.run.checkpoint_activations)
+    # DDP's buckets: the gradients again, on their way between GPUs.
+    state = {"weights": 1, "gradients": 1, "AdamW's moments": 2,
+             "DDP's buckets": split.processes > 1, "average": recipe.optim.ema > 0}  # fmt: skip
+    step.checkpoint_blocks(model, recipe.run.checkpoint_activations)
     with Bf16():
         kept = kept_bytes(model, lambda: [items[s].loss(n) for s, n in split.micro.items()])
     return {
-        f"{', '.join(state)} (float32)": 4 * sum(state.values()) * parameters(model),
+        f"{', '.join(k for k, copies in state.items() if copies)} (float32)":
+            4 * sum(state.values()) * parameters(model),
         **({"tokenizer": 4 * parameters(tokenizer)} if tokenizer else {}),
         "kept for backward by a micro-batch (bf16 autocast)": kept,
-    }
+    }  # fmt: skip
 
 
 def gpu_hours(student: int, tokenizer: int) -> float:
@@ -247,21 +240,19 @@ def gpu_hours(student: int, tokenizer: int) -> float:
 
 
 def describe(
-    recipe: Pretrain | Finetune,
-    model: nn.Module,
-    items: Mapping[str, Item],
-    tokenizer: FrozenTokenizer | None = None,
+    recipe: Recipe, model: nn.Module, items: Items, tokenizer: FrozenTokenizer | None = None
 ) -> dict[str, str]:
     """Describe a run by one line a fact: how it is cut, how long it is, what it costs.
 
-    ``items`` are by stream; models lie on meta. Raises ValueError where the
-    batches can't be cut evenly.
+    Models lie on meta. Raises ValueError where the batches can't be cut evenly.
     """
+    # How a global batch is cut, and how many steps there are.
     batches, processes = recipe.batches, recipe.run.processes or distributed.world_size()
     split = loop.split_batch(batches, processes, recipe.run.micro_batch)
     first, expected = next(iter(batches)), recipe.data.expected_items
-    steps = total_steps(recipe.optim, expected)
+    steps = optim.total_steps(recipe.optim, expected)
     epochs = f" ({expected:,} {first}s, {expected / batches[first]:,.0f} steps an epoch)"
+    # What one step takes.
     patches, places, hidden, student, frozen = (
         sum(n * getattr(items[stream], field) for stream, n in batches.items())
         for field in ("patches", "places", "hidden", "student", "tokenizer")
@@ -271,29 +262,27 @@ def describe(
     passes = PASSES + recipe.run.checkpoint_activations
     hours = gpu_hours(steps * passes * student, steps * frozen)
     digits = 1 if hours / processes >= 1 else 3
-    lines = {
+    # What is said of the tokenizer, where there is one.
+    encoder = ids = naming = share = ""
+    if tokenizer:
+        encoder = f" + {parameters(tokenizer.encoder):,} in the tokenizer's encoder, frozen"
+        ids = f", {places:,} ids named, about {hidden:,} of them hidden"
+        naming = f" + 1 x {amount(frozen)} frozen tokenizer"
+        share = f", tokenizer at {TOKENIZER_SHARE:.0%}"
+        if isinstance(recipe, Pretrain) and not recipe.tokens.fp16:
+            share += " (with --tokens.fp16)"
+    return {
         "preset": recipe.name,
-        "parameters": f"{parameters(model):,} trained",
+        "parameters": f"{parameters(model):,} trained{encoder}",
         "global batch": " + ".join(f"{n} {s}s" for s, n in batches.items()),
         "cut into": str(split),
         "steps": f"{steps:,}{epochs if expected else ''}",
-        "tokens a step": f"{patches:,} patches in",
+        "tokens a step": f"{patches:,} patches in{ids}",
         **{f"one {s}": f"multiply-adds forward: {item.text}" for s, item in items.items()},
         "one step": f"multiply-adds: {passes} x {amount(student)} student (ASSUMED: backward is "
-                    "twice forward)",
+                    f"twice forward){naming}",
         "memory a GPU": f"{amount(sum(held.values()))}B = {parts}; work space not counted",
         "GPU-hours": f"{hours:,.{digits}f} on {GPU}s, {hours / processes:,.{digits}f} h on "
-                     f"{processes} of them; "
-                     f"ASSUMED: student at {SWIN_SHARE:.0%} of {GPU_PEAK / 1e12:.0f} TFLOP/s",
+                     f"{processes} of them; ASSUMED: student at {SWIN_SHARE:.0%} of "
+                     f"{GPU_PEAK / 1e12:.0f} TFLOP/s{share}, no waiting for data",
     }  # fmt: skip
-    if tokenizer:
-        lines["parameters"] += (
-            f" + {parameters(tokenizer.encoder):,} in the tokenizer's encoder, frozen"
-        )
-        lines["tokens a step"] += f", {places:,} ids named, about {hidden:,} of them hidden"
-        lines["one step"] += f" + 1 x {amount(frozen)} frozen tokenizer"
-        lines["GPU-hours"] += f", tokenizer at {TOKENIZER_SHARE:.0%}"
-        if isinstance(recipe, Pretrain) and not recipe.tokens.fp16:
-            lines["GPU-hours"] += " (with --tokens.fp16)"
-    lines["GPU-hours"] += ", no waiting for data"
-    return lines

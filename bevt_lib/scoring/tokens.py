@@ -5,14 +5,13 @@ what makes up a block doesn't depend on their number, so that neither does any b
 """
 
 import math
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from bevt_lib.base.distributed import blocks, gather
-from bevt_lib.base.trainable import collate
+from bevt_lib.base import distributed, trainable
 from bevt_lib.model.bevt import BEVT
 from bevt_lib.model.masking import mask_in_time
 from bevt_lib.tokenizers.base import FrozenTokenizer, add_tokens
@@ -40,12 +39,9 @@ class TokenScore:
     by_distance: dict[int, AtDistance] = field(default_factory=dict)  # 0: no frame shows the place
 
     def __str__(self) -> str:
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "by_distance"}
-        return "\n".join(
-            f"{name:9s} {value:.3f}" if isinstance(value, float) else f"{name:9s} {value}"
-            for name, value in values.items()
-            if value is not None
-        )
+        values = {name: v for name, v in vars(self).items() if isinstance(v, int | float)}
+        return "\n".join(f"{name:9s} {value if name == 'places' else f'{value:.3f}'}"
+                         for name, value in values.items())  # fmt: skip
 
 
 def copy_nearest(ids: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,22 +92,24 @@ def copy_table(train: Tensor, val: Tensor, vocab_size: int, frames: int) -> Tens
 
 @torch.no_grad()
 def score_tokens(
-    model: BEVT, tokenizer: FrozenTokenizer, stream: str, items, count: int, batch_size: int = 32
+    model: BEVT, tokenizer: FrozenTokenizer, stream: str, items, count: int
 ) -> TokenScore:
     """Score masked-token prediction on the first ``count`` items of a held-out data set."""
     model.eval()
     device = next(model.parameters()).device
+    # One column for each hidden place: its id, the copy, its distance, the loss, right or wrong.
     columns = [torch.empty(5, 0, dtype=torch.float64)]
-    for block in blocks(count, batch_size):
-        batch = collate([items.sample(0, i) for i in block], device)
+    for block in distributed.blocks(count, 32):
+        batch = trainable.collate([items.sample(0, i) for i in block], device)
         part = add_tokens({stream: batch}, tokenizer)[stream]
         ids, hidden = part["ids"], mask_in_time(part["mask"], model.frames_per_step[stream])
         logits = model.token_head(model.features(stream, part["pixels"], part["mask"]))[hidden]
         loss = nn.functional.cross_entropy(logits.float(), ids[hidden], reduction="none")
-        right = logits.argmax(-1) == ids[hidden]
-        found = [*hidden_places(ids, hidden), loss, right]
+        found = [*hidden_places(ids, hidden), loss, logits.argmax(-1) == ids[hidden]]
         columns.append(torch.stack([column.double() for column in found]).cpu())
-    truth, guess, distance, losses, right = torch.cat(gather(torch.cat(columns, dim=1)), dim=1)
+    everywhere = distributed.gather(torch.cat(columns, dim=1))
+    truth, guess, distance, losses, right = torch.cat(everywhere, dim=1)
+    # Means over all places, then by distance from the nearest frame that shows the place.
     copied = (guess == truth).double()
     shares = torch.bincount(truth.long()) / len(truth)
     shares = shares[shares > 0]
@@ -122,8 +120,6 @@ def score_tokens(
     if stream != "video":
         return score
     near = {int(d): distance == d for d in distance.unique()}
-    means = {
-        d: AtDistance(int(at.sum()), *(float(x[at].mean()) for x in (right, copied, losses)))
-        for d, at in near.items()
-    }
+    means = {d: AtDistance(int(at.sum()), *(float(x[at].mean()) for x in (right, copied, losses)))
+             for d, at in near.items()}  # fmt: skip
     return replace(score, copy=float(copied.mean()), by_distance=means)

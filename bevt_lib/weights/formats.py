@@ -21,54 +21,38 @@ from torch import Tensor
 from bevt_lib.model.swin import Size3, bias_index
 
 State = dict[str, Tensor]
+Reasons = dict[str, str]  # a tensor's name: why it was left out
 Names = list[tuple[str, str]]  # (our beginning of a name, theirs); the first that fits is taken
 
 STAGES = range(4)
 TABLE: Names = [("attn.bias_table", "attn.relative_position_bias_table")]
 INDEX = "attn.relative_position_index"
 TOKENIZER = "cls_head.vae_encoder."  # the frozen tokenizer inside a released checkpoint
-BEVT: Names = [
-    ("swin.stages.", "backbone.layers."),
-    ("patch_embed.video.", "backbone.patch_embed."),
-    ("patch_embed.image.", "backbone.patch_embed_2d."),
-    ("patch_embed.", "backbone.patch_embed."),  # a classifier has one stream
-    ("decoder.image.up.", "backbone.fpn.0."),
-    ("decoder.image.fuse.", "backbone.lm_down."),
-    ("decoder.video.up.", "backbone.fpn_s.0."),
-    ("decoder.video.fuse.", "backbone.lm_down_st.0."),
-    ("decoder.video.lift.", "backbone.fpn_t.0."),
-    ("mask_token", "backbone.mask_token"),
-    ("norm.", "backbone.norm."),
-    ("token_head.", "cls_head.lm_head."),
-    ("head.", "cls_head.fc_cls."),
-]
-SWIN: Names = [
-    ("swin.stages.", "layers."),
-    ("patch_embed.image.", "patch_embed."),
-    ("decoder.image.up.", "fpn.0."),
-    ("decoder.image.fuse.", "lm_down."),
-    ("mask_token", "mask_token"),
-    ("norm.", "norm."),
-    ("token_head.", "lm_head."),
-    ("head.", "head."),
-]
-TIMM: Names = [
-    *((f"swin.stages.{s}.blocks.", f"layers.{s}.blocks.") for s in STAGES),
-    # timm merges on entering a stage, we on leaving one.
-    *((f"swin.stages.{s}.downsample.", f"layers.{s + 1}.downsample.") for s in STAGES),
-    ("patch_embed.image.", "patch_embed."),
-    ("norm.", "norm."),
-    ("head.", "head.fc."),
-]
-TORCHVISION: Names = [
-    *((f"swin.stages.{s}.blocks.", f"features.{2 * s}.") for s in STAGES),
-    *((f"swin.stages.{s}.downsample.", f"features.{2 * s + 1}.") for s in STAGES),
-    ("patch_embed.", "patch_embed."),
-    ("norm.", "norm."),
-    ("head.", "head."),
-]
-NAMES = {"bevt": BEVT, "swin": SWIN, "timm": TIMM, "torchvision": TORCHVISION}
-PARTS = {name: TABLE for name in NAMES}
+# How names begin, here and in each format; "": it has no such part. timm merges on entering a
+# stage, we on leaving one.
+FORMATS = ("bevt", "swin", "timm", "torchvision")
+BEGINNINGS = [
+    *((f"swin.stages.{s}.blocks.", f"backbone.layers.{s}.blocks.", f"layers.{s}.blocks.",
+       f"layers.{s}.blocks.", f"features.{2 * s}.") for s in STAGES),
+    *((f"swin.stages.{s}.downsample.", f"backbone.layers.{s}.downsample.",
+       f"layers.{s}.downsample.", f"layers.{s + 1}.downsample.", f"features.{2 * s + 1}.")
+      for s in STAGES),
+    ("patch_embed.video.", "backbone.patch_embed.", "", "", ""),
+    ("patch_embed.image.", "backbone.patch_embed_2d.", "patch_embed.", "patch_embed.", ""),
+    ("patch_embed.", "backbone.patch_embed.", "", "", "patch_embed."),  # a classifier's one stream
+    ("decoder.image.up.", "backbone.fpn.0.", "fpn.0.", "", ""),
+    ("decoder.image.fuse.", "backbone.lm_down.", "lm_down.", "", ""),
+    ("decoder.video.up.", "backbone.fpn_s.0.", "", "", ""),
+    ("decoder.video.fuse.", "backbone.lm_down_st.0.", "", "", ""),
+    ("decoder.video.lift.", "backbone.fpn_t.0.", "", "", ""),
+    ("mask_token", "backbone.mask_token", "mask_token", "", ""),
+    ("norm.", "backbone.norm.", "norm.", "norm.", "norm."),
+    ("token_head.", "cls_head.lm_head.", "lm_head.", "", ""),
+    ("head.", "cls_head.fc_cls.", "head.", "head.fc.", "head."),
+]  # fmt: skip
+NAMES = {format: [(mine, theirs[i]) for mine, *theirs in BEGINNINGS if theirs[i]]
+         for i, format in enumerate(FORMATS)}  # fmt: skip
+PARTS = {format: TABLE for format in FORMATS}
 PARTS["torchvision"] = [*TABLE, ("mlp.fc1.", "mlp.0."), ("mlp.fc2.", "mlp.3.")]
 IMAGE_KERNELS = ("patch_embed.image.proj.weight", "decoder.image.up.weight")  # 2D elsewhere
 WRAPPERS = ("state_dict", "model", "module", "model_state_dict")  # where training code puts weights
@@ -82,7 +66,7 @@ class Recognised:
     format: str
     state: State
     tokenizer: State = field(default_factory=dict)  # DALL-E's encoder, in its package's names
-    left_out: dict[str, str] = field(default_factory=dict)  # their name: why
+    left_out: Reasons = field(default_factory=dict)  # by their names
     tokens: int = 0  # of a window, from an index buffer, if there is one
 
 
@@ -99,7 +83,7 @@ def translate_name(name: str, names: Names, parts: Names = TABLE) -> str:
 
 def released_name(name: str) -> str:
     """Translate a parameter name of BEVT or Classifier to the released recogniser's."""
-    return translate_name(name, BEVT)
+    return translate_name(name, NAMES["bevt"])
 
 
 def released_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -122,9 +106,7 @@ def recognise(raw: Mapping) -> Recognised:
         return Recognised("ours", dict(flat))
     kernel = flat.get("patch_embed.proj.weight", flat.get("backbone.patch_embed.proj.weight"))
     if kernel is None or kernel.dim() not in (4, 5):
-        raise ValueError(
-            f"these are not Swin weights: no patch embedding among {sorted(flat)[:4]}, ..."
-        )
+        raise ValueError(f"not Swin weights: no patch embedding among {sorted(flat)[:4]}, ...")
     if any(name.startswith("features.") for name in flat):
         return _rename("torchvision", flat, strict=True)
     if kernel.dim() == 5:
@@ -151,17 +133,17 @@ def _unwrap(raw: Mapping) -> dict[str, Tensor]:
 
 def _rename(format: str, flat: Mapping[str, Tensor], *, strict: bool) -> Recognised:
     found = Recognised(format, {})
-    pretraining = any(
-        k.startswith(("backbone.mask_token", "backbone.patch_embed_2d")) for k in flat
-    )
+    pretraining = {"backbone.mask_token", "backbone.patch_embed_2d.proj.weight"} & flat.keys()
     back = [(other, mine) for mine, other in NAMES[format]
             if mine != ("patch_embed." if pretraining else "patch_embed.video.")]  # fmt: skip
     parts = [(other, mine) for mine, other in PARTS[format]]
     unknown = []
+    # Sort the tensors: ours under another name, rebuilt, the tokenizer's, or unknown.
     for name, value in flat.items():
         if name.endswith((INDEX, "attn_mask")):
             found.left_out[name] = "rebuilt from the window"
-            found.tokens = len(value) if name.endswith(INDEX) and value.dim() == 2 else found.tokens
+            if name.endswith(INDEX) and value.dim() == 2:
+                found.tokens = len(value)
         elif name.startswith(TOKENIZER):
             found.tokenizer[name.removeprefix(TOKENIZER)] = value
         elif any(name.startswith(begin) for begin, _ in back):
@@ -176,15 +158,12 @@ def _rename(format: str, flat: Mapping[str, Tensor], *, strict: bool) -> Recogni
         found.state[name.replace("fc_norm.", "norm.")] = flat[name]
         found.left_out[name.replace("fc_norm.", "norm.")] = "replaced by fc_norm"
     if unknown and strict:
-        raise ValueError(f"left over {len(unknown)} tensors that {format} weights don't hold: "
-                         f"{sorted(unknown)[:4]}")  # fmt: skip
+        raise ValueError(f"left over {len(unknown)} tensors that aren't {format}'s: {unknown[:4]}")
     found.left_out |= {name: "has no counterpart here" for name in unknown}
     return found
 
 
-def export(
-    state: Mapping[str, Tensor], format: str, tokenizer: Mapping[str, Tensor] | None = None
-) -> tuple[State, dict[str, str]]:
+def export(state: State, format: str, tokenizer: State | None = None) -> tuple[State, Reasons]:
     """Write our tensors under another code's names; also give what is left out (our name: why).
 
     Index buffers are written, too. A 2D format takes what an image stream has of its parts, with
@@ -200,27 +179,19 @@ def export(
     kept = tuple(mine for mine, _ in NAMES[format])
     window = architecture(state)["window"]
     result: State = {}
-    left: dict[str, str] = {}
+    left: Reasons = {}
     for name, value in state.items():
         if flat and not name.startswith(kept):
             left[name] = f"{format} weights have no such part"
             continue
-        shape = released_shape(name, tuple(value.shape))
-        if flat and name.endswith("bias_table"):
-            value = middle_slice(value, window)
-            shape = tuple(value.shape)
+        if flat and name.endswith("bias_table"):  # an image uses the rows of no temporal offset
+            value = value.unflatten(0, (2 * window[0] - 1, -1))[window[0] - 1]
         other = translate_name(name, NAMES[format], PARTS[format])
-        result[other] = value.reshape(shape)
+        result[other] = value.reshape(released_shape(name, tuple(value.shape)))
         if name.endswith("bias_table") and format != "timm":  # timm keeps no index in its files
             own = (1, *window[1:]) if flat else window
             result[other.replace(TABLE[0][1], INDEX)] = bias_index(own, own)
     return result | {TOKENIZER + k: v for k, v in (tokenizer or {}).items()}, left
-
-
-def middle_slice(table: Tensor, window: Size3) -> Tensor:
-    """Cut the rows of zero temporal offset out of a bias table: the table an image uses."""
-    rows = (2 * window[1] - 1) * (2 * window[2] - 1)
-    return table[(window[0] - 1) * rows : window[0] * rows]
 
 
 def window_of(
@@ -250,27 +221,26 @@ def architecture(state: Mapping[str, Tensor], tokens: int = 0) -> dict:
 
     ``tokens`` of a window, where known, decides between windows whose tables are equally long.
     """
-    count = {s: len({n.split(".")[4] for n in state if n.startswith(f"swin.stages.{s}.blocks.")})
-             for s in STAGES}  # fmt: skip
     tables = [state[f"swin.stages.{s}.blocks.0.attn.bias_table"] for s in STAGES]
-    embeds = {n.split(".proj.")[0]: state[n] for n in state if n.endswith(".proj.weight")
-              and n.startswith("patch_embed")}  # fmt: skip
-    kernel = embeds.get("patch_embed.video", embeds.get("patch_embed"))
-    image = embeds.get("patch_embed.image")
-    patch = kernel if kernel is not None else image
-    assert patch is not None, sorted(state)
+    kernels = {n.removesuffix(".proj.weight"): v for n, v in state.items()
+               if n.startswith("patch_embed") and n.endswith(".proj.weight")}  # fmt: skip
+    kernel = kernels[max(kernels)]  # of the clips, if there are two
+    # An image stream doesn't show the clip's patch: the released two frames.
+    frames = 2 if max(kernels) == "patch_embed.image" else kernel.shape[2]
     found = {
-        "embed_dim": patch.shape[0],
-        "depths": tuple(count.values()),
+        "embed_dim": len(kernel),
+        "depths": tuple(
+            len({n.split(".")[4] for n in state if n.startswith(f"swin.stages.{s}.b")})
+            for s in STAGES
+        ),
         "num_heads": tuple(table.shape[1] for table in tables),
         "window": window_of(len(tables[0]), tokens=tokens),
-        # An image stream doesn't show the clip's patch: the released two frames.
-        "patch": tuple(patch.shape[2:]) if kernel is not None else (2, *patch.shape[3:]),
+        "patch": (frames, *kernel.shape[3:]),
         "patch_norm": any(n.startswith("patch_embed") and ".norm." in n for n in state),
     }
     if "token_head.weight" in state:
         found["vocab_size"] = len(state["token_head.weight"])
-        found["streams"] = tuple(s for s in ("video", "image") if f"patch_embed.{s}" in embeds)
+        found["streams"] = tuple(s for s in ("video", "image") if f"patch_embed.{s}" in kernels)
     elif "head.weight" in state:
         found["num_classes"] = len(state["head.weight"])
     return found

@@ -16,30 +16,26 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from bevt_lib.base import files
 from bevt_lib.base.config import ClipSpec
-from bevt_lib.base.files import read_pickle, write_tensors
 from bevt_lib.model.bevt import BEVT
 from bevt_lib.model.classifier import Classifier
 from bevt_lib.model.swin import Size3
 from bevt_lib.weights.formats import Recognised, State, recognise, window_of
 
 MODEL_FILES = ("model.safetensors", "config.json")
+Beginnings = tuple[str, ...]  # of tensor names
 
 
 def harmless_classes() -> list[Any]:
     """List what a checkpoint's pickle may name besides tensors: NumPy's scalars and arrays, and
     the bare namespace of command-line arguments. Never made from a file."""
-    rebuild = {"scalar": np.float64(0).__reduce__()[0], "_reconstruct": np.zeros(0).__reduce__()[0]}
+    rebuild: list[Any] = [value.__reduce__()[0] for value in (np.float64(0), np.zeros(0))]
     # NumPy moved its core in version 2: files hold either name.
-    named = [
-        (function, f"numpy.{core}.multiarray.{name}")
-        for name, function in rebuild.items()
-        for core in ("core", "_core")
-    ]
+    named = [(function, f"numpy.{core}.multiarray.{function.__name__}")
+             for function in rebuild for core in ("core", "_core")]  # fmt: skip
     dtypes = [type(np.dtype(c)) for c in "?bBhHiIlLqQefdFDSU"]
     return [*named, np.dtype, np.ndarray, *dtypes, argparse.Namespace]
 
@@ -56,21 +52,13 @@ def read_file(path: Path) -> Mapping[str, Any]:
     for name in ("ema.safetensors", MODEL_FILES[0]):
         path = path / name if (path / name).is_file() else path
     if not path.is_file():
-        raise ValueError(
-            f"no weights at {path}: give a .safetensors or .pth file, or a folder of a model or "
-            "checkpoint"
-        )
+        raise ValueError(f"no weights at {path}: give a .safetensors or .pth file, or a model or "
+                         "checkpoint folder")  # fmt: skip
     with path.open("rb") as file:
         start = file.read(2)
     if start != b"PK" and not start.startswith(b"\x80"):  # neither a zip nor a bare pickle
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path} is not a readable safetensors file nor a torch pickle ({error}): was a "
-                "web page or a log saved under that name?"
-            ) from None
-    content = read_pickle(path, harmless_classes())
+        return files.read_tensors(path)[1]
+    content = files.read_pickle(path, harmless_classes())
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a state dict")
     return content
@@ -92,25 +80,27 @@ def read_weights(path: Path) -> State:
 def save_weights(state: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None = None) -> None:
     """Write tensors to a safetensors file, atomically; ``dtype`` casts matrices to save space."""
     cast = {k: v.to(dtype) if dtype and v.dim() > 1 else v for k, v in state.items()}
-    write_tensors(Path(path), cast, {})
+    files.write_tensors(Path(path), cast, {})
 
 
 def load_strict(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     """Load a state dict of our own names into ``model``; ValueError names what doesn't fit."""
-    own, wrong = model.state_dict(), []
+    own = model.state_dict()
     missing, left = own.keys() - state.keys(), state.keys() - own.keys()
-    for word, names in (("missing", missing), ("left over", left)):
-        if names:
-            shown = ", ".join(sorted(names)[:4]) + (", …" if len(names) > 4 else "")
-            wrong.append(f"{word} {len(names)} ({shown})")
+    wrong = [f"{word} {len(names)} ({_first(sorted(names), 4)})"
+             for word, names in (("missing", missing), ("left over", left)) if names]  # fmt: skip
     if not wrong:
-        shapes = ((name, tuple(state[name].shape), tuple(v.shape)) for name, v in own.items())
-        wrong = [f"{n} has shape {found}, expected {ours}" for n, found, ours in shapes
-                 if found != ours][:1]  # fmt: skip
+        wrong = [f"{name} has shape {tuple(state[name].shape)}, expected {tuple(ours.shape)}"
+                 for name, ours in own.items() if state[name].shape != ours.shape][:1]  # fmt: skip
     if wrong:
         raise ValueError(f"{where}: the weights don't fit this model: {'; '.join(wrong)}; was it "
                          "made by another preset?")  # fmt: skip
     model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+
+
+def _first(names: list[str], number: int) -> str:
+    """Write the first few of a list of names."""
+    return ", ".join(names[:number]) + (", …" if len(names) > number else "")
 
 
 @dataclass
@@ -122,32 +112,31 @@ class Report:
     resized: list[str] = field(default_factory=list)
     fresh: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
-    why: dict[str, str] = field(default_factory=dict)  # name: reason
+    why: dict[tuple[str, str], str] = field(default_factory=dict)  # (fate, name): reason
 
     def __str__(self) -> str:
-        return ", ".join(f"{len(names)} {fate}" for fate, names in self.fates() if names)
+        counts = {fate: len(names) for fate, names in self.fates().items() if names}
+        return ", ".join(f"{number} {fate.replace('_', ' ')}" for fate, number in counts.items())
 
-    def fates(self) -> list[tuple[str, list[str]]]:
-        """List (fate, names)."""
-        return [(k.replace("_", " "), v) for k, v in vars(self).items() if k != "why"]
+    def fates(self) -> dict[str, list[str]]:
+        """Give the names by fate."""
+        return {fate: names for fate, names in vars(self).items() if fate != "why"}
 
     def put(self, fate: str, name: str, why: str = "") -> None:
         """Enter one tensor."""
         getattr(self, fate).append(name)
-        if why:
-            self.why[name] = why
+        self.why[fate, name] = why
 
     def table(self) -> str:
         """Write one line for every fate and reason, with how many tensors and the first few."""
-        lines = []
-        for fate, names in self.fates():
-            groups: dict[str, list[str]] = {}
+        groups: dict[tuple[str, str], list[str]] = {}
+        for fate, names in self.fates().items():
             for name in names:
-                groups.setdefault(self.why.get(name, ""), []).append(name)
-            for why, members in groups.items():
-                shown = ", ".join(members[:3]) + (", …" if len(members) > 3 else "")
-                lines.append(f"{fate:9s} {len(members):4d}  {why + ': ' if why else ''}{shown}")
-        return "\n".join(lines)
+                groups.setdefault((fate, self.why.get((fate, name), "")), []).append(name)
+        return "\n".join(
+            f"{fate.replace('_', ' '):9s} {len(names):4d}  {why and why + ': '}{_first(names, 3)}"
+            for (fate, why), names in groups.items()
+        )
 
 
 def start_pretraining(model: nn.Module, state: State, *, token_head: bool = False) -> Report:
@@ -173,11 +162,10 @@ def start_classifier(model: nn.Module, state: State) -> Report:
     return _start(model, state, fresh=("head.",), optional=())
 
 
-def _start(
-    model: nn.Module, state: State, fresh: tuple[str, ...], optional: tuple[str, ...]
-) -> Report:
+def _start(model: nn.Module, state: State, fresh: Beginnings, optional: Beginnings) -> Report:
     """Load what ``model`` wants out of ``state``, except what starts fresh."""
     report, chosen, used, missing = Report(), {}, set(), []
+    # Take each tensor that the model wants from the best source there is.
     flat = not {"patch_embed.video.proj.weight", "patch_embed.proj.weight"} & state.keys()
     for name, own in model.state_dict().items():
         source = next((s for s in _sources(name) if s in state), None)
@@ -197,6 +185,7 @@ def _start(
             report.put(fate, name, why)
             chosen[name] = value
             used.add(source)
+    # Say what is lacking and what is left, then load.
     if missing:
         raise ValueError(f"the weights to start from lack {len(missing)} tensors: {missing[:4]}")
     for name in sorted(state.keys() - used):

@@ -42,15 +42,9 @@ class Encoder(nn.Module):
     """
 
     def __init__(
-        self,
-        num_classes: int = 1000,
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        in_chans: int = 3,
-        *,
-        image: bool = False,
-        **fields: Any,
-    ):
+        self, num_classes: int = 1000, drop_rate: float = 0.0, drop_path_rate: float = 0.0,
+        in_chans: int = 3, *, image: bool = False, **fields: Any,
+    ):  # fmt: skip
         super().__init__()
         if in_chans != 3:
             raise ValueError(f"the encoders read RGB, 3 channels, not {in_chans}")
@@ -97,13 +91,9 @@ class Encoder(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: list[int] | None = None,
-        norm: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
+        self, x: Tensor, indices: list[int] | None = None, norm: bool = False,
+        output_fmt: str = "NCHW", intermediates_only: bool = False,
+    ) -> Any:  # fmt: skip
         """Give chosen stages channels-first, (B, C, D, h, w), for pictures (B, C, h, w).
 
         timm's interface for ``features_only``. ``norm`` applies the final norm to the last stage.
