@@ -74,41 +74,33 @@ class Record(NamedTuple):
 
 
 def read_entries(
-    path: Path,
-    root: Path,
-    *,
-    num_classes: int | None = None,
-    labelled: bool = True,
+    path: Path, root: Path, num_classes: int | None = None, *, labelled: bool = True,
     class_list: str = "",
-) -> list[Entry]:
+) -> list[Entry]:  # fmt: skip
     """Read any list of videos under ``root``; its suffix and content tell its format.
 
     A missing video gets the path it should have, for ``check_data`` to report. Without
     ``labelled`` labels may be missing (-1). Raises ValueError naming file, entry and fix.
     """
-    path, root = Path(path), Path(root)
+    # Names of videos with the numbers or names of their classes
     text = _text(path)
     if path.suffix.lower() == ".json":
-        rows = _json(path, text)
-        if not isinstance(rows, list) or not rows or not isinstance(rows[0], dict):
-            raise ValueError(f"{path}: is not a list of videos: give the official JSON of a split")
-        named = _json_rows(path, rows, labelled)
-        unit = "entry"
+        named, unit = _json_rows(path, text, labelled), "entry"
     elif path.suffix.lower() == ".csv" and "youtube_id" in text.partition("\n")[0]:
-        named = _kinetics_rows(path, text, labelled)
-        unit = "row"
+        named, unit = _kinetics_rows(path, text, labelled), "row"
     else:
-        return read_list(path, root, num_classes=num_classes, labelled=labelled)
-    classes = read_classes(Path(class_list)) if class_list else {}
+        return read_list(path, root, num_classes, labelled=labelled)
+    # Class numbers
+    labels = [-1] * len(named)
     if labelled:
+        classes = read_classes(Path(class_list)) if class_list else {}
         names = sorted({label for _, label in named if isinstance(label, str)})
         if names and not classes:
             # Kinetics numbers its classes alphabetically: a part of them doesn't give the numbers.
             if unit == "entry" or num_classes not in (None, len(names)):
                 raise ValueError(
                     f"{path}: has {len(names)} class names but no numbers: give all "
-                    f"{num_classes or ''} names with --data.class-list (Something-Something: "
-                    "labels.json; or one name a line)"
+                    f"{num_classes or ''} names with --data.class-list (labels.json, or one a line)"
                 )
             classes = {name: number for number, name in enumerate(names)}
         if classes and num_classes not in (None, len(classes)):
@@ -116,18 +108,16 @@ def read_entries(
                 f"{class_list}: {len(classes)} classes, the recipe has {num_classes}: give another "
                 "--data.class-list or set --num-classes"
             )
-    labels = [
-        _number(label, classes, num_classes, f"{path}, {unit} {i}") if labelled else -1
-        for i, (_, label) in enumerate(named, 1)
-    ]
+        for i, (_, label) in enumerate(named):
+            labels[i] = _number(label, classes, num_classes, f"{path}, {unit} {i + 1}")
+    # Video files
     found = find_videos(root)
-    stems = [stem for stem, _ in named]
-    if not any(stem in found for stem in stems):
+    if not any(stem in found for stem, _ in named):
         raise ValueError(
-            f"{path}: none of its {len(stems)} videos (such as {stems[0]}.mp4) is under {root}: "
+            f"{path}: none of its {len(named)} videos (such as {named[0][0]}.mp4) is under {root}: "
             "set the root folder (--data.video-root)"
         )
-    paths = (found.get(stem) or root / f"{stem}.{VIDEOS[0]}" for stem in stems)
+    paths = (found.get(stem) or root / f"{stem}.{VIDEOS[0]}" for stem, _ in named)
     return [Entry(*pair) for pair in zip(paths, labels, strict=True)]
 
 
@@ -137,8 +127,9 @@ def _number(label: Any, classes: Mapping[str, int], num_classes: int | None, whe
     if number is None:
         raise ValueError(f"{where}: unknown class {label!r}: correct --data.class-list")
     if not 0 <= number < (num_classes or math.inf):
+        known = f"0..{num_classes - 1}" if num_classes else "0, 1, 2, ..."
         raise ValueError(
-            f"{where}: label {number} is out of range: correct the list or set --num-classes"
+            f"{where}: label {number} is out of range {known}: correct it or set --num-classes"
         )
     return number
 
@@ -161,36 +152,32 @@ def _kinetics_rows(path: Path, text: str, labelled: bool) -> list[tuple[str, Any
                 raise ValueError
         except (TypeError, ValueError):
             shown = ",".join(str(v) for v in row.values())[:60]
-            raise ValueError(
-                f"{path}, row {number}: {shown!r} lacks one of {', '.join(columns)}: download the "
-                "list again"
-            ) from None
+            lacks = f"{shown!r} lacks one of {', '.join(columns)}"
+            raise ValueError(f"{path}, row {number}: {lacks}: download the list again") from None
         named.append((f"{row['youtube_id']}_{start:06d}_{end:06d}", row.get("label")))
     if not named:
         raise ValueError(f"{path}: the list is empty: download it again")
     return named
 
 
-def _json_rows(path: Path, rows: list[dict], labelled: bool) -> list[tuple[str, Any]]:
+def _json_rows(path: Path, text: str, labelled: bool) -> list[tuple[str, Any]]:
     """Read official JSON: Diving48's (class numbers) or Something-Something's (templates)."""
+    rows = _json(path, text)
+    if not isinstance(rows, list) or not rows or not isinstance(rows[0], dict):
+        raise ValueError(f"{path}: is not a list of videos: give the official JSON of a split")
     diving = "vid_name" in rows[0]
-    keys = ("vid_name", "label") if diving else ("id", "template")
-    kinds = (str, int) if diving else (str, str)
-    named = []
+    name, label, kind = ("vid_name", "label", int) if diving else ("id", "template", str)
     for number, row in enumerate(rows, 1):
-        for key, kind in zip(keys, kinds, strict=True):
-            known = isinstance(row, dict) and isinstance(row.get(key), kind)
-            if not known and (labelled or key == keys[0]):
+        for key, wanted in ((name, str), (label, kind))[: 1 + labelled]:
+            if not isinstance(row, dict) or not isinstance(row.get(key), wanted):
                 raise ValueError(
-                    f"{path}, entry {number}: no {key!r} that is a {kind.__name__}: Diving48 has "
-                    "vid_name and label, Something-Something id and template (its test.json has "
-                    "no labels)"
+                    f"{path}, entry {number}: no {key!r} that is a {wanted.__name__}: Diving48 has "
+                    "vid_name and label, Something-Something id and template (not in test.json)"
                 )
-        label = row.get(keys[1])
-        if isinstance(label, str):
-            label = label.replace("[", "").replace("]", "")
-        named.append((row[keys[0]], label))
-    return named
+    brackets = str.maketrans("", "", "[]")  # around the objects in a template
+    if diving:
+        return [(row[name], row.get(label)) for row in rows]
+    return [(row[name], str(row.get(label)).translate(brackets)) for row in rows]
 
 
 def read_classes(path: Path) -> dict[str, int]:
@@ -233,7 +220,7 @@ def find_videos(root: Path) -> dict[str, Path]:
 
 
 def read_list(
-    path: Path, root: Path, *, num_classes: int | None = None, labelled: bool = True
+    path: Path, root: Path, num_classes: int | None = None, *, labelled: bool = True
 ) -> list[Entry]:
     """Read a Kinetics-style list: one ``path label`` a line, paths relative to ``root``.
 
@@ -242,25 +229,19 @@ def read_list(
     malformed line, or a label outside 0 .. num_classes - 1.
     """
     entries = []
-    for number, line in enumerate(_text(Path(path)).splitlines(), 1):
-        if not line.strip():
-            continue
-        name, label = line.strip(), -1
+    for number, line in enumerate(_text(path).splitlines(), 1):
+        name, label, where = line.strip(), -1, f"{path}, line {number}"
         words = name.rsplit(maxsplit=1)
         if len(words) == 2 and words[1].removeprefix("-").isdecimal():
             name, label = words[0], int(words[1])
-        elif labelled:
+        elif labelled and name:
             raise ValueError(
-                f"{path}, line {number}: {name[:60]!r} is not `path label`: write the video's "
-                "path, a space and the class number"
+                f"{where}: {name[:60]!r} is not `path label`: write the video's path, a space and "
+                "the class number"
             )
-        if labelled and not 0 <= label < (num_classes or math.inf):
-            known = f"0..{num_classes - 1}" if num_classes else "0, 1, 2, ..."
-            raise ValueError(
-                f"{path}, line {number}: label {label} is out of range {known}: correct the list "
-                "or set --num-classes"
-            )
-        entries.append(Entry(Path(root) / name, label))
+        if name:
+            label = _number(label, {}, num_classes, where) if labelled else label
+            entries.append(Entry(root / name, label))
     if not entries:
         raise ValueError(f"{path}: the list is empty: write one `path label` a line")
     return entries
