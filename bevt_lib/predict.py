@@ -18,10 +18,9 @@ from bevt_lib.base.trainable import collate
 from bevt_lib.cli import parse, run_command
 from bevt_lib.datasets.items import LabelledClips, PretrainClips
 from bevt_lib.datasets.lists import Entry
-from bevt_lib.datasets.sources import hide_tubes
 from bevt_lib.model.bevt import BEVT, STRIDE
 from bevt_lib.model.classifier import Classifier
-from bevt_lib.model.masking import mask_budget, mask_in_time
+from bevt_lib.model.masking import mask_budget, mask_in_time, tube_mask
 from bevt_lib.parts import shipped_tokenizer
 from bevt_lib.scoring.classes import score_views
 from bevt_lib.tokenizers.base import FrozenTokenizer, add_tokens
@@ -103,7 +102,7 @@ def name_hidden(model: BEVT, tokenizer: FrozenTokenizer, video: str | Path, seed
         )
     side = spec.size // STRIDE
     grid = (spec.frames // model.frames_per_step["video"], side, side)
-    hide = partial(hide_tubes, grid=grid, target=mask_budget((side, side))[0], length=TUBE)
+    hide = partial(tube_mask, grid, target=mask_budget((side, side))[0], length=TUBE)
     items = PretrainClips([Entry(Path(video), -1)], spec, input_size=side * tokenizer.factor,
                           mask=hide, seed=seed)  # fmt: skip
     sample = items.sample(0, 0)
