@@ -52,12 +52,14 @@ def main(arguments: list[str]) -> None:
         root, entries = given.list, lists.read_image_folder(given.list)
     else:
         root, entries = given.root, lists.read_entries(given.list, given.root, labelled=False)
-    paths = {name_under(root, entry.path): entry.path for entry in entries}
+    # A report calls a file by its path under the root, else by the whole path.
+    paths = {(p.relative_to(root) if p.is_relative_to(root) else p).as_posix(): p
+             for p, _ in entries}  # fmt: skip
     report = Path(given.report or f"{given.list}.checked.jsonl")
     text = report.read_bytes() if report.exists() else b""
     records = lists.read_report(report) if text else {}
-    left = {n: p for n, p in paths.items()
-            if n not in records or (given.again and not records[n].ok)}  # fmt: skip
+    kept = {name for name, record in records.items() if record.ok or not given.again}
+    left = {name: path for name, path in paths.items() if name not in kept}
     # Check the rest; each result is in the file before the next one comes
     try:
         with (
@@ -77,11 +79,6 @@ def main(arguments: list[str]) -> None:
     print(sum_up(found))
     print(f"report: {report}; training leaves the bad ones out with --data.checked {report}")
     raise SystemExit(int(not all(record.ok for record in found)))
-
-
-def name_under(root: Path, path: Path) -> str:
-    """Give the name a report calls a file by: its path under ``root``, else the whole path."""
-    return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
 
 
 def sum_up(records: Sequence[Record]) -> str:

@@ -69,7 +69,7 @@ def classify(model: Classifier, video: str | Path) -> list[tuple[str, float]]:
     """Recognise a video: (class name, probability) of every class, likeliest first.
 
     Reads it as ``model.views`` tells and averages the probabilities over the views. Raises
-    VideoError for a file that can't be decoded, ValueError for a model without views.
+    BadFile for a file that can't be decoded, ValueError for a model without views.
     """
     items = LabelledClips([Entry(Path(video), -1)], needs_views(model), seed=0, train=False)
     pixels = torch.from_numpy(items.test_views(0))[None]
@@ -91,7 +91,7 @@ class Guess(NamedTuple):
 def name_hidden(model: BEVT, tokenizer: FrozenTokenizer, video: str | Path, seed: int = 0) -> Guess:
     """Hide a tube of a video and let a pretraining model name it; ``seed`` draws clip and tube.
 
-    Raises VideoError for a file that can't be decoded, ValueError for a model without views or
+    Raises BadFile for a file that can't be decoded, ValueError for a model without views or
     with another vocabulary than the tokenizer's.
     """
     spec = needs_views(model)

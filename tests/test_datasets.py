@@ -32,7 +32,7 @@ from bevt_lib.datasets.items import (
 from bevt_lib.datasets.lists import Entries, Entry, read_image_folder, read_list
 from bevt_lib.datasets.sampling import eval_frames
 from bevt_lib.datasets.sources import pretraining_items
-from bevt_lib.datasets.video import VideoError, write_video
+from bevt_lib.datasets.video import BadFile, write_video
 from bevt_lib.model.masking import block_mask, tube_mask
 from bevt_lib.presets import lesson_image, paper_diving48, paper_k400, paper_ssv2
 
@@ -173,7 +173,7 @@ def test_an_image_folder_without_pictures_is_refused(tmp_path):
 
 def test_a_missing_video_is_named(clips, tmp_path):
     clips.entries = [Entry(tmp_path / "gone.mp4", 0)]
-    with pytest.raises(VideoError, match=r"gone\.mp4"):
+    with pytest.raises(BadFile, match=r"gone\.mp4"):
         clips.sample(0, 0)
 
 
@@ -429,7 +429,7 @@ def test_good_files_are_never_replaced(clips, capfd):
 
 def test_where_all_files_are_bad_the_last_error_is_raised(clips, tmp_path, capfd):
     clips.entries = [Entry(tmp_path / f"gone{i}.mp4", -1) for i in range(20)]
-    with pytest.raises(VideoError, match=r"gone\d+\.mp4: no such video file"):
+    with pytest.raises(BadFile, match=r"gone\d+\.mp4: no such video file"):
         Positions(clips, seed=0, stream=Stream.VIDEO)[0]
     assert capfd.readouterr().err.count("\n") == REPLACEMENTS
 

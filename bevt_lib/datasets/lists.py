@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,19 +105,15 @@ def read_entries(
                 )
             classes = {name: number for number, name in enumerate(names)}
         if classes and num_classes not in (None, len(classes)):
-            raise ValueError(
-                f"{class_list}: {len(classes)} classes, the recipe has {num_classes}: give another "
-                "--data.class-list or set --num-classes"
-            )
+            what = f"{class_list}: {len(classes)} classes, the recipe has {num_classes}"
+            raise ValueError(f"{what}: give another --data.class-list or set --num-classes")
         for i, (_, label) in enumerate(named):
             labels[i] = _number(label, classes, num_classes, f"{path}, {unit} {i + 1}")
     # Video files
     found = find_videos(root)
     if not any(stem in found for stem, _ in named):
-        raise ValueError(
-            f"{path}: none of its {len(named)} videos (such as {named[0][0]}.mp4) is under {root}: "
-            "set the root folder (--data.video-root)"
-        )
+        what = f"none of its {len(named)} videos (such as {named[0][0]}.mp4) is under {root}"
+        raise ValueError(f"{path}: {what}: set the root folder (--data.video-root)")
     paths = (found.get(stem) or root / f"{stem}.{VIDEOS[0]}" for stem, _ in named)
     return [Entry(*pair) for pair in zip(paths, labels, strict=True)]
 
@@ -128,9 +125,8 @@ def _number(label: Any, classes: Mapping[str, int], num_classes: int | None, whe
         raise ValueError(f"{where}: unknown class {label!r}: correct --data.class-list")
     if not 0 <= number < (num_classes or math.inf):
         known = f"0..{num_classes - 1}" if num_classes else "0, 1, 2, ..."
-        raise ValueError(
-            f"{where}: label {number} is out of range {known}: correct it or set --num-classes"
-        )
+        what = f"label {number} is out of range {known}"
+        raise ValueError(f"{where}: {what}: correct the list or set --num-classes")
     return number
 
 
@@ -140,10 +136,8 @@ def _kinetics_rows(path: Path, text: str, labelled: bool) -> list[tuple[str, Any
     columns = ["label"] * labelled + ["youtube_id", "time_start", "time_end"]
     missing = [c for c in columns if c not in (reader.fieldnames or ())]
     if missing:
-        raise ValueError(
-            f"{path}: no column {', '.join(missing)}: Kinetics' own list has label,youtube_id,"
-            "time_start,time_end,split"
-        )
+        official = "Kinetics' own list has label,youtube_id,time_start,time_end,split"
+        raise ValueError(f"{path}: no column {', '.join(missing)}: {official}")
     named = []
     for number, row in enumerate(reader, 1):
         try:
@@ -194,10 +188,8 @@ def read_classes(path: Path) -> dict[str, int]:
     except (TypeError, ValueError):
         classes = {}
     if not classes or sorted(classes.values()) != list(range(len(classes))):
-        raise ValueError(
-            f"{path}: is not a list of different classes numbered 0, 1, 2, ...: give labels.json, "
-            "or one name a line"
-        )
+        what = "is not a list of different classes numbered 0, 1, 2, ..."
+        raise ValueError(f"{path}: {what}: give labels.json, or one name a line")
     return classes
 
 
@@ -235,10 +227,8 @@ def read_list(
         if len(words) == 2 and words[1].removeprefix("-").isdecimal():
             name, label = words[0], int(words[1])
         elif labelled and name:
-            raise ValueError(
-                f"{where}: {name[:60]!r} is not `path label`: write the video's path, a space and "
-                "the class number"
-            )
+            what = f"{name[:60]!r} is not `path label`"
+            raise ValueError(f"{where}: {what}: write the path, a space and the class number")
         if name:
             label = _number(label, {}, num_classes, where) if labelled else label
             entries.append(Entry(root / name, label))
@@ -274,11 +264,9 @@ def read_report(path: Path) -> dict[str, Record]:
     records = {}
     lines = _text(path).splitlines()
     for line in lines:
-        try:
+        with suppress(ValueError, TypeError):
             record = Record(**json.loads(line))
-        except (ValueError, TypeError):
-            continue
-        records[record.path] = record
+            records[record.path] = record
     if lines and not records:
         raise ValueError(f"{path}: is not a report of check_data: give the file it wrote")
     return records
@@ -318,6 +306,5 @@ def _json(path: Path, text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}, line {error.lineno}: is not valid JSON ({error.msg}): download it again"
-        ) from None
+        what = f"line {error.lineno}: is not valid JSON ({error.msg})"
+        raise ValueError(f"{path}, {what}: download it again") from None

@@ -12,9 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from bevt_lib.base import distributed
+from bevt_lib.base import distributed, files
 from bevt_lib.base.config import Finetune, Pretrain, Recipe
-from bevt_lib.base.files import data_folder
 from bevt_lib.datasets import lists, synthetic
 from bevt_lib.datasets.items import Clips, LabelledClips, PretrainClips, PretrainImages
 from bevt_lib.datasets.lists import Entry
@@ -145,7 +144,7 @@ def photos_and_film_frames() -> list[Entry]:
     photos = [Entry(path, 0) for path in synthetic.photo_splits()["train"]] * PHOTO_REPEATS
     return photos + [
         Entry(path, frame)
-        for path in sorted((data_folder() / "film").glob("*.mp4"))
+        for path in sorted((files.data_folder() / "film").glob("*.mp4"))
         for frame in range(0, len(Video(path)), FILM_STEP)
     ]
 
