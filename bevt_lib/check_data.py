@@ -84,11 +84,9 @@ def main(arguments: list[str]) -> None:
 def sum_up(records: Sequence[Record]) -> str:
     """Describe what was found: how many of each kind, the bad files, how many lack frames."""
     bad = [record for record in records if not record.ok]
-    if not bad:
-        lines = [f"{len(records)} files, all good"]
-    else:
-        kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(r.kind for r in bad).most_common())
-        lines = [f"{len(records)} files: {len(records) - len(bad)} good, {len(bad)} bad ({kinds})"]
+    kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(r.kind for r in bad).most_common())
+    counts = f": {len(records) - len(bad)} good, {len(bad)} bad ({kinds})" if bad else ", all good"
+    lines = [f"{len(records)} files{counts}"]
     lines += [f"  {record.path}: {record.kind}: {record.reason}" for record in bad[:SHOWN]]
     if len(bad) > SHOWN:
         lines.append(f"  and {len(bad) - SHOWN} more in the report")

@@ -56,8 +56,8 @@ def random_crop(frames: np.ndarray, size: int, rng: np.random.Generator) -> np.n
 
 def center_crop(frames: np.ndarray, size: int) -> np.ndarray:
     """Cut the central square of ``size`` pixels."""
-    height, width = frames.shape[1:3]
-    return crop(frames, (height - size) // 2, (width - size) // 2, size, size)
+    top, left = ((side - size) // 2 for side in frames.shape[1:3])
+    return crop(frames, top, left, size, size)
 
 
 def three_crops(frames: np.ndarray, size: int) -> list[np.ndarray]:

@@ -285,10 +285,8 @@ def leave_out_bad(
         known = [records.get(entry.path) for entry in kept]
         kept = [entry for entry, ok in zip(kept, known, strict=True) if ok is not False]
         if any(ok is not None for ok in known):
-            lines.append(
-                f"{report}: {known.count(False)} of {len(known)} entries are bad and left out, "
-                f"{known.count(None)} were not checked"
-            )
+            bad = f"{known.count(False)} of {len(known)} entries are bad and left out"
+            lines.append(f"{report}: {bad}, {known.count(None)} were not checked")
     if not kept:
         raise ValueError(f"all {len(entries)} entries are bad by --data.checked: check them again")
     return kept, lines

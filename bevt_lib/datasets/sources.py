@@ -100,8 +100,7 @@ def check_sources(recipe: Recipe, splits: Sequence[str] = (), *, plan: bool = Fa
 def embedded_origin(recipe: Recipe, stream: str, split: str) -> str:
     """Say how much the embedded data hold of a split of a stream."""
     count = (synthetic.STILLS if stream == "image" else synthetic.CLIPS)[split]
-    if split == "train" and not isinstance(recipe, Pretrain | Finetune):
-        count += len(photos_and_film_frames())
+    count += len(photos_and_film_frames(recipe, split))
     return f"{count:,} {UNITS[stream]}, embedded ({split} split)"
 
 
@@ -119,8 +118,7 @@ def list_entries(recipe: Recipe, stream: str, split: str = "train") -> tuple[lis
         folder = synthetic.render()
         if stream == "image":
             entries = lists.read_image_folder(folder / "images" / split)
-            if split == "train" and not isinstance(recipe, Pretrain | Finetune):
-                entries += photos_and_film_frames()
+            entries += photos_and_film_frames(recipe, split)
         else:
             task = recipe.task if isinstance(recipe, Finetune) else "how"
             entries = lists.read_list(folder / f"{task}_{split}.txt", folder, **labels)
@@ -139,8 +137,10 @@ def list_entries(recipe: Recipe, stream: str, split: str = "train") -> tuple[lis
     return entries, "; ".join([f"{len(entries):,} {UNITS[stream]} from {path}", *left_out])
 
 
-def photos_and_film_frames() -> list[Entry]:
+def photos_and_film_frames(recipe: Recipe, split: str) -> list[Entry]:
     """List what a tokenizer is trained on beside stills: photos, film frames (label = frame)."""
+    if split != "train" or isinstance(recipe, Pretrain | Finetune):
+        return []
     photos = [Entry(path, 0) for path in synthetic.photo_splits()["train"]] * PHOTO_REPEATS
     return photos + [
         Entry(path, frame)

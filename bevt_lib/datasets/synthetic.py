@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -197,10 +197,9 @@ def render(folder: Path | None = None, workers: int = 2) -> Path:
                 _all(pool, partial(_write_still, split), count, target / "images" / split)
             finished.touch()
     except OSError as error:
-        raise ValueError(
-            f"can't write the rendered clips to {parent} ({error.strerror}): make it writable, or "
-            "copy the data folder to a disk with 200 MB free and point BEVT_DATA at the copy"
-        ) from None
+        what = f"can't write the rendered clips to {parent} ({error.strerror})"
+        fix = "make it writable, or point BEVT_DATA at a copy of the data folder with 200 MB free"
+        raise ValueError(f"{what}: {fix}") from None
     return target
 
 
@@ -212,9 +211,7 @@ def version() -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def _all(
-    pool: ProcessPoolExecutor, write: Callable[[Path, int], None], count: int, place: Path
-) -> None:
+def _all(pool: Executor, write: Callable[[Path, int], None], count: int, place: Path) -> None:
     """Write ``count`` items into a hidden folder and rename it when all are there.
 
     ``write`` writes the item of a number into a folder. What is there already is kept.
@@ -238,11 +235,10 @@ def _write_still(split: str, folder: Path, index: int) -> None:
     """Write one frame of a scene of its own: indices beyond the clips'."""
     what, how = labels(split, index)
     scene = draw_scene(split, CLIPS[split] + index, what, how)
-    place = folder / KINDS[what]
-    place.mkdir(exist_ok=True)
+    (folder / KINDS[what]).mkdir(exist_ok=True)
     picture = cv2.cvtColor(render_clip(scene, 1)[0], cv2.COLOR_RGB2BGR)
     encoded = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 92])[1]
-    encoded.tofile(place / f"{index:05d}.jpg")
+    encoded.tofile(folder / KINDS[what] / f"{index:05d}.jpg")
 
 
 def _write_lists(target: Path, split: str, count: int) -> None:

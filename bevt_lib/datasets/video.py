@@ -18,7 +18,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,7 +35,6 @@ ONE_BY_ONE = {"h264", "hevc", "vp9", "av1", "mpeg4"}
 # Pixel formats that decord turns into the same RGB; all but the full-size yuv444p of even sides.
 DECORD_FORMATS = {"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv422p10le", "yuv444p"}
 CHUNK = 16  # frames held at a time where decord reads from the start
-UNREADABLE = (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError)
 Result = TypeVar("Result")
 ChooseFrames = Callable[[int], Sequence[int] | np.ndarray]  # from how many there are
 
@@ -71,10 +69,11 @@ class Video:
             self._stream = self._container.streams.video[0]
             self._stream.codec_context.thread_count = 1
             self._packets = [p for p in self._container.demux(self._stream) if p.size]
+            self._shown = [p for p in self._packets if not (p.is_discard or p.is_corrupt)]
             # Frame count from the header; 0 if absent. Discarded: frames before the start of a clip
             # that was cut from a film without re-encoding.
             self.promised = self._stream.frames - sum(p.is_discard for p in self._packets)
-            self._times = self._shown()
+            self._times = self._times_shown()
             if not self._times:
                 self._pictures = list(self._play())
         self._check_share(len(self))
@@ -91,8 +90,7 @@ class Video:
         """Decode the frames at ``indices`` (0 .. len - 1): uint8 (len(indices), H, W, 3)."""
         chosen = np.asarray(indices, dtype=np.int64)
         if not chosen.size or chosen.min() < 0 or chosen.max() >= len(self):
-            asked = f"frames {chosen.tolist()} asked for"
-            raise BadFile(f"{self.path}: {asked}: choose from 0..{len(self) - 1}")
+            raise BadFile(f"{self.path}: frames {chosen.tolist()}: choose from 0..{len(self) - 1}")
         unique, places = np.unique(chosen, return_inverse=True)
         if decoder == "decord":  # "auto" means PyAV: in bench 1.5 to 1.7 times as fast
             return self._by_decord(unique)[places]
@@ -111,13 +109,12 @@ class Video:
         self._check_sizes(set(sizes))
         return len(sizes)
 
-    def _shown(self) -> list[int]:
+    def _times_shown(self) -> list[int]:
         """List the times at which frames are shown; [] where the packets don't say."""
-        packets = [p for p in self._packets if not (p.is_discard or p.is_corrupt)]
-        times = {p.pts for p in packets if p.pts is not None}
+        times = {p.pts for p in self._shown if p.pts is not None}
         known = self._stream.codec_context.codec.canonical_name in ONE_BY_ONE
         known = known and self._container.format.name != "avi"  # its timestamps are decoding times
-        return sorted(times) if known and len(times) == len(packets) else []
+        return sorted(times) if known and len(times) == len(self._shown) else []
 
     def _decode(self, chosen: np.ndarray) -> list[av.VideoFrame]:
         """Decode the frames at ``chosen``, all different, from the key frame before the first."""
@@ -186,10 +183,9 @@ class Video:
 
     def _gops_are_closed(self) -> bool:
         """Say whether all frames behind a key frame in the file are also shown after it."""
-        packets = [p for p in self._packets if not (p.is_discard or p.is_corrupt)]
-        times = np.array([p.pts for p in packets])
+        times = np.array([p.pts for p in self._shown])
         first_shown = np.minimum.accumulate(times[::-1])[::-1]  # of a packet and all behind it
-        return bool((first_shown >= times)[[p.is_keyframe for p in packets]].all())
+        return bool((first_shown >= times)[[p.is_keyframe for p in self._shown]].all())
 
     def _check_share(self, held: int) -> None:
         """Raise BadFile where there is no frame, or fewer than MIN_FRAME_SHARE of them."""
@@ -253,9 +249,8 @@ def import_decord() -> Any:
     try:
         import decord  # here: it has no wheel for some machines
     except ImportError:
-        raise ValueError(
-            "--data.decoder decord: decord isn't installed (no wheel for arm64): use auto or pyav"
-        ) from None
+        what = "decord isn't installed (pip has none for arm64): use auto or pyav"
+        raise ValueError(f"--data.decoder decord: {what}") from None
     decord.logging.set_level(decord.logging.QUIET)
     return decord
 
@@ -289,14 +284,13 @@ def write_video(path: str | Path, frames: np.ndarray, *, fps: int = 8, crf: int 
     """
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
         raise ValueError(f"frames must be uint8 (T, H, W, 3), got {frames.dtype} {frames.shape}")
-    if frames.shape[1] % 2 or frames.shape[2] % 2:
-        sides = f"{frames.shape[1]}x{frames.shape[2]}"
-        raise ValueError(f"H.264 needs even sides, got {sides}: crop or resize first")
+    height, width = frames.shape[1:3]
+    if height % 2 or width % 2:
+        raise ValueError(f"H.264 needs even sides, got {height}x{width}: crop or resize first")
     convert = VideoReformatter()
     with replace_file(Path(path)) as part, av.open(str(part), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps))
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
+        stream = container.add_stream("libx264", rate=fps)
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         stream.thread_count = 1
         stream.options = {
             "crf": str(crf), "preset": "veryfast", "threads": "1",
@@ -319,7 +313,7 @@ def read_image(path: str | Path) -> np.ndarray:
     try:
         with Image.open(path) as picture:
             return np.array(ImageOps.exif_transpose(picture).convert("RGB"))[None]
-    except UNREADABLE as error:
+    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
         reason = getattr(error, "strerror", None) or "another kind of file, damaged or truncated"
         kind = "truncated" if "truncated" in str(error) else "undecodable"  # Pillow's word
         kind = "missing" if isinstance(error, FileNotFoundError) else kind
