@@ -10,18 +10,21 @@ import json
 import os
 import signal
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from multiprocessing import Pipe, Process
-from multiprocessing.connection import Connection, wait
+from multiprocessing import Pipe, Process, active_children
+from multiprocessing.connection import Connection
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from threading import Lock
 
 from tqdm import tqdm
 
 from bevt_lib.cli import parse, run_command
-from bevt_lib.datasets.lists import PICTURES, Record, read_entries, read_image_folder, read_report
+from bevt_lib.datasets import lists
+from bevt_lib.datasets.lists import Record
 from bevt_lib.datasets.video import BadFile, Video, read_image
 
 SHOWN = 20  # bad files printed; the report holds all
@@ -44,20 +47,29 @@ def main(arguments: list[str]) -> None:
     given = parse(Options, arguments, "python -m bevt_lib.check_data", __doc__ or "")
     if given.workers < 1 or given.timeout <= 0:
         raise ValueError("--workers is 1 or more, --timeout more than 0 seconds")
+    # What is there to check, and what the report already holds of it
     if given.list.is_dir():
-        root, entries = given.list, read_image_folder(given.list)
+        root, entries = given.list, lists.read_image_folder(given.list)
     else:
-        root, entries = given.root, read_entries(given.list, given.root, labelled=False)
-    paths = {name_under(root, entry.path): entry.path for entry in entries}
-    report = Path(given.report or given.list.with_name(f"{given.list.name}.checked.jsonl"))
-    records = read_report(report) if report.exists() else {}
-    left = [n for n in paths if n not in records or (given.again and not records[n].ok)]
-    done = len(paths) - len(left)
+        root, entries = given.root, lists.read_entries(given.list, given.root, labelled=False)
+    # A report calls a file by its path under the root, else by the whole path.
+    paths = {(p.relative_to(root) if p.is_relative_to(root) else p).as_posix(): p
+             for p, _ in entries}  # fmt: skip
+    report = Path(given.report or f"{given.list}.checked.jsonl")
+    text = report.read_bytes() if report.exists() else b""
+    records = lists.read_report(report) if text else {}
+    kept = {name for name, record in records.items() if record.ok or not given.again}
+    left = {name: path for name, path in paths.items() if name not in kept}
+    # Check the rest; each result is in the file before the next one comes
     try:
-        with open_report(report) as file, tqdm(total=len(paths), initial=done, unit="file") as bar:
-            for record in check({n: paths[n] for n in left}, given.workers, given.timeout):
+        with (
+            report.open("a", buffering=1, encoding="utf-8") as file,
+            tqdm(total=len(paths), initial=len(paths) - len(left), unit="file") as bar,
+        ):
+            if text and not text.endswith(b"\n"):
+                file.write("\n")  # after a line that a kill cut short
+            for record in check(left, given.workers, given.timeout):
                 file.write(json.dumps(record._asdict()) + "\n")
-                file.flush()
                 records[record.path] = record
                 bar.update()
     except KeyboardInterrupt:
@@ -69,28 +81,12 @@ def main(arguments: list[str]) -> None:
     raise SystemExit(int(not all(record.ok for record in found)))
 
 
-def name_under(root: Path, path: Path) -> str:
-    """Give the name a report calls a file by: its path under ``root``, else the whole path."""
-    return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
-
-
-def open_report(path: Path):
-    """Open a report to append to; first end a line that a kill cut short."""
-    file = path.open("a+b")
-    if file.tell():
-        file.seek(-1, os.SEEK_END)
-        file.write(b"" if file.read() == b"\n" else b"\n")
-    file.close()
-    return path.open("a", encoding="utf-8")
-
-
 def sum_up(records: Sequence[Record]) -> str:
     """Describe what was found: how many of each kind, the bad files, how many lack frames."""
     bad = [record for record in records if not record.ok]
     kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(r.kind for r in bad).most_common())
-    lines = [f"{len(records)} files: {len(records) - len(bad)} good, {len(bad)} bad ({kinds})"]
-    if not bad:
-        lines = [f"{len(records)} files, all good"]
+    counts = f": {len(records) - len(bad)} good, {len(bad)} bad ({kinds})" if bad else ", all good"
+    lines = [f"{len(records)} files{counts}"]
     lines += [f"  {record.path}: {record.kind}: {record.reason}" for record in bad[:SHOWN]]
     if len(bad) > SHOWN:
         lines.append(f"  and {len(bad) - SHOWN} more in the report")
@@ -103,7 +99,7 @@ def sum_up(records: Sequence[Record]) -> str:
 def check_file(name: str, path: Path) -> Record:
     """Decode a video or picture once and report on it."""
     try:
-        if path.suffix.lower() in PICTURES:
+        if path.suffix.lower() in lists.PICTURES:
             return Record(name, True, len(read_image(path)))
         video = Video(path)
         frames = video.count()
@@ -141,80 +137,60 @@ def check(paths: dict[str, Path], workers: int, timeout: float) -> Iterator[Reco
     A process that crashes, or takes longer than ``timeout`` seconds for a file, costs only that
     file: it is reported, and a new process continues.
     """
-    left = iter(paths.items())
-    crew = [Worker(timeout) for _ in range(min(workers, len(paths)))]
-    try:
-        for worker, (name, path) in zip(crew, left, strict=False):
-            worker.give(name, path)
-        while any(worker.name for worker in crew):
-            busy = [worker for worker in crew if worker.name]
-            until = min(worker.deadline for worker in busy) - time.monotonic()
-            wait([worker.pipe for worker in busy], timeout=max(until, 0))
-            for worker in busy:
-                record = worker.take()
-                if record is None:
-                    continue
-                if record.kind in ("hanging", "crashing"):
-                    worker.end()
-                    crew[crew.index(worker)] = worker = Worker(timeout)
-                yield record
-                worker.give(*next(left, ("", Path())))
-    finally:
-        for worker in crew:
-            worker.end()
+    idle: list[tuple[Process, Connection]] = []
+    lock = Lock()  # a process forked between two lines of another's start would keep its pipe open
 
-
-class Worker:
-    """A process that checks one file after another. ``name`` is the file's, "" when idle."""
-
-    def __init__(self, timeout: float):
-        self.timeout, self.name, self.deadline = timeout, "", 0.0
-        self.pipe, other = Pipe()
-        self.process = Process(target=serve, args=(other, self.pipe, timeout), daemon=True)
-        self.process.start()
-        other.close()  # and self.pipe there, so that each end notices when the other process ends
-
-    def give(self, name: str, path: Path) -> None:
-        """Hand over a file; "": none."""
-        self.name, self.deadline = name, time.monotonic() + self.timeout
-        if name:
-            self.pipe.send((name, path))
-
-    def take(self) -> Record | None:
-        """Give the record of the current file, or None while it still has time."""
+    def check_apart(file: tuple[str, Path]) -> Record:
+        """Check a file in an idle process, or in a new one; end one that crashes or hangs."""
+        with lock:
+            process, pipe = idle.pop() if idle else start_process(timeout)
         try:
-            if self.pipe.poll():
-                return self.pipe.recv()
+            pipe.send(file)
+            if pipe.poll(timeout):
+                record = pipe.recv()
+                idle.append((process, pipe))
+                return record
+            kind, reason = "hanging", f"not decoded after {timeout:g} s"
         except (EOFError, OSError):
-            self.process.join()
-            code = self.process.exitcode or 0
+            with lock:
+                process.join()
+            code = process.exitcode or 0
             name = signal.Signals(-code).name if code < 0 else f"exit status {code}"
-            return Record(self.name, False, 0, "crashing", f"the decoder crashes ({name})")
-        if time.monotonic() < self.deadline:
-            return None
-        return Record(self.name, False, 0, "hanging", f"not decoded after {self.timeout:g} s")
+            kind, reason = "crashing", f"the decoder crashes ({name})"
+        process.kill()
+        process.join(1)  # unless even the kernel waits for a file
+        return Record(file[0], False, 0, kind, reason)
 
-    def end(self) -> None:
-        """Kill the process, whatever it is doing."""
-        self.process.kill()
-        self.process.join(1)  # unless even the kernel waits for a file
-        self.pipe.close()
+    try:
+        with ThreadPool(workers) as pool:  # a thread waits for each process
+            yield from pool.imap_unordered(check_apart, paths.items())
+    finally:
+        for process in active_children():
+            process.kill()
+            process.join(1)
+
+
+def start_process(timeout: float) -> tuple[Process, Connection]:
+    """Start a process that checks the files sent through a pipe."""
+    pipe, other = Pipe()
+    process = Process(target=serve, args=(other, pipe, timeout), daemon=True)
+    process.start()
+    other.close()  # and pipe there, so that each end notices when the other process ends
+    return process, pipe
 
 
 def serve(pipe: Connection, parents: Connection, timeout: float) -> None:
     """Check the files that come through a pipe until it closes."""
     parents.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    while True:
-        if hasattr(signal, "alarm"):  # ends a hanging decoder whose parent was killed
-            signal.alarm(0)
-        try:
+    alarm = getattr(signal, "alarm", int)  # Windows has none
+    with suppress(EOFError, OSError):  # the pipe's
+        while True:
             name, path = pipe.recv()
-        except (EOFError, OSError):
-            return
-        if hasattr(signal, "alarm"):
-            signal.alarm(int(2 * timeout) + 1)
-        pipe.send(check_file(name, path))
+            alarm(int(2 * timeout) + 1)  # ends a hanging decoder whose parent was killed
+            record = check_file(name, path)
+            alarm(0)
+            pipe.send(record)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,9 @@ from bevt_lib.base.trainable import collate
 from bevt_lib.cli import parse, run_command
 from bevt_lib.datasets.items import LabelledClips, PretrainClips
 from bevt_lib.datasets.lists import Entry
-from bevt_lib.datasets.sources import hide_tubes
 from bevt_lib.model.bevt import BEVT, STRIDE
 from bevt_lib.model.classifier import Classifier
-from bevt_lib.model.masking import mask_budget, mask_in_time
+from bevt_lib.model.masking import mask_budget, mask_in_time, tube_mask
 from bevt_lib.parts import shipped_tokenizer
 from bevt_lib.scoring.classes import score_views
 from bevt_lib.tokenizers.base import FrozenTokenizer, add_tokens
@@ -70,7 +69,7 @@ def classify(model: Classifier, video: str | Path) -> list[tuple[str, float]]:
     """Recognise a video: (class name, probability) of every class, likeliest first.
 
     Reads it as ``model.views`` tells and averages the probabilities over the views. Raises
-    VideoError for a file that can't be decoded, ValueError for a model without views.
+    BadFile for a file that can't be decoded, ValueError for a model without views.
     """
     items = LabelledClips([Entry(Path(video), -1)], needs_views(model), seed=0, train=False)
     pixels = torch.from_numpy(items.test_views(0))[None]
@@ -92,7 +91,7 @@ class Guess(NamedTuple):
 def name_hidden(model: BEVT, tokenizer: FrozenTokenizer, video: str | Path, seed: int = 0) -> Guess:
     """Hide a tube of a video and let a pretraining model name it; ``seed`` draws clip and tube.
 
-    Raises VideoError for a file that can't be decoded, ValueError for a model without views or
+    Raises BadFile for a file that can't be decoded, ValueError for a model without views or
     with another vocabulary than the tokenizer's.
     """
     spec = needs_views(model)
@@ -103,7 +102,7 @@ def name_hidden(model: BEVT, tokenizer: FrozenTokenizer, video: str | Path, seed
         )
     side = spec.size // STRIDE
     grid = (spec.frames // model.frames_per_step["video"], side, side)
-    hide = partial(hide_tubes, grid=grid, target=mask_budget((side, side))[0], length=TUBE)
+    hide = partial(tube_mask, grid, target=mask_budget((side, side))[0], length=TUBE)
     items = PretrainClips([Entry(Path(video), -1)], spec, input_size=side * tokenizer.factor,
                           mask=hide, seed=seed)  # fmt: skip
     sample = items.sample(0, 0)

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from bevt_lib.base import files
 from bevt_lib.base.config import ClipSpec
-from bevt_lib.base.seeds import Stream
+from bevt_lib.base.seeds import Purpose, Stream, python_generator
 from bevt_lib.cli import override
 from bevt_lib.datasets import augment, sources, synthetic, video
 from bevt_lib.datasets.items import (
@@ -31,9 +31,10 @@ from bevt_lib.datasets.items import (
 )
 from bevt_lib.datasets.lists import Entries, Entry, read_image_folder, read_list
 from bevt_lib.datasets.sampling import eval_frames
-from bevt_lib.datasets.sources import hide_blocks, hide_tubes
-from bevt_lib.datasets.video import VideoError, write_video
-from bevt_lib.presets import paper_diving48, paper_k400, paper_ssv2
+from bevt_lib.datasets.sources import pretraining_items
+from bevt_lib.datasets.video import BadFile, write_video
+from bevt_lib.model.masking import block_mask, tube_mask
+from bevt_lib.presets import lesson_image, paper_diving48, paper_k400, paper_ssv2
 
 SPEC = ClipSpec(frames=8, interval=1, size=96, short=(98, 112))
 
@@ -45,7 +46,7 @@ def folder():
 
 @pytest.fixture
 def clips(folder):
-    hide = partial(hide_tubes, grid=(4, 6, 6), target=18, length=(0.5, 0.75))
+    hide = partial(tube_mask, (4, 6, 6), target=18, length=(0.5, 0.75))
     entries = read_list(folder / "how_val.txt", folder)
     return PretrainClips(entries, SPEC, input_size=48, mask=hide, seed=0)
 
@@ -64,7 +65,7 @@ def test_a_sample_depends_on_its_key_alone(clips):
 
 
 def test_streams_do_not_draw_alike(folder):
-    hide = partial(hide_blocks, grid=(6, 6), target=18)
+    hide = partial(tube_mask, (1, 6, 6), target=18)
     settings = {"spec": replace(SPEC, frames=1), "input_size": 48, "mask": hide, "seed": 0}
     images = PretrainImages(read_image_folder(folder / "images" / "val"), **settings)
     clips = PretrainClips(images.entries, **settings)
@@ -72,6 +73,18 @@ def test_streams_do_not_draw_alike(folder):
     clips.read = images.read
     for index, (mask, _) in enumerate(masks):
         assert not np.array_equal(mask, clips.sample(0, index)["mask"])
+
+
+def test_an_image_is_masked_by_one_block_mask():
+    """The draws are those of block_mask: a tube of one time step adds none before them."""
+    recipe = lesson_image()
+    side = recipe.data.size // 16
+    images = pretraining_items(recipe, "image", "val")
+    for index in range(20):
+        rng = python_generator(recipe.run.seed, Purpose.MASK, Stream.IMAGE, 3, index)
+        block = block_mask((side, side), rng, target=recipe.masking.target((side, side)))
+        mask = images.sample(3, index)["mask"]
+        assert mask.shape == (1, side, side) and np.array_equal(mask[0], block)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -160,7 +173,7 @@ def test_an_image_folder_without_pictures_is_refused(tmp_path):
 
 def test_a_missing_video_is_named(clips, tmp_path):
     clips.entries = [Entry(tmp_path / "gone.mp4", 0)]
-    with pytest.raises(VideoError, match=r"gone\.mp4"):
+    with pytest.raises(BadFile, match=r"gone\.mp4"):
         clips.sample(0, 0)
 
 
@@ -416,7 +429,7 @@ def test_good_files_are_never_replaced(clips, capfd):
 
 def test_where_all_files_are_bad_the_last_error_is_raised(clips, tmp_path, capfd):
     clips.entries = [Entry(tmp_path / f"gone{i}.mp4", -1) for i in range(20)]
-    with pytest.raises(VideoError, match=r"gone\d+\.mp4: no such video file"):
+    with pytest.raises(BadFile, match=r"gone\d+\.mp4: no such video file"):
         Positions(clips, seed=0, stream=Stream.VIDEO)[0]
     assert capfd.readouterr().err.count("\n") == REPLACEMENTS
 

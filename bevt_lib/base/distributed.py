@@ -126,10 +126,9 @@ def replicate(model: Trainable) -> Trainable:
     if not torch_dist.is_initialized():
         return model
     ids = [device().index] if device().type == "cuda" else None
-    unused = getattr(model, "leaves_out", False)
-    module = cast(nn.Module, model)
-    return cast(Trainable, DistributedDataParallel(
-        module, device_ids=ids, find_unused_parameters=unused))  # fmt: skip
+    unused, module = getattr(model, "leaves_out", False), cast(nn.Module, model)
+    wrapped = DistributedDataParallel(module, device_ids=ids, find_unused_parameters=unused)
+    return cast(Trainable, wrapped)
 
 
 def gradients_stay_local(model: Trainable, local: bool) -> AbstractContextManager[None]:
@@ -149,6 +148,6 @@ def gather(value: T) -> list[T]:
     """Give every process the values of all, by rank."""
     if world_size() == 1:
         return [value]
-    values: list[T | None] = [None] * world_size()
-    torch.distributed.all_gather_object(values, value)
-    return [v for v in values if v is not None]
+    values = [value] * world_size()
+    torch_dist.all_gather_object(values, value)
+    return values

@@ -50,15 +50,13 @@ def read_pickle(path: Path, allowed: Sequence[Any]) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL (\S+)|(?:global|class|type) `?([\w.]+\.[\w.]+)", str(error))
-        name = next((g for g in asked.groups() if g), "") if asked else ""
-        what = f"asks for {name}" if name else "is not one that torch writes"
-        raise ValueError(f"{path} is refused: its pickle {what}, and no code from a file is "
-                         "run") from None  # fmt: skip
+        what = f"asks for {asked[1] or asked[2]}" if asked else "is not one that torch writes"
+        refused = f"{path} is refused: its pickle {what}, and no code from a file is run"
+        raise ValueError(refused) from None
     except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, OSError) as error:
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else "it ends early"
-        raise ValueError(
-            f"{path} is damaged or not a PyTorch checkpoint ({reason}): download or copy it again"
-        ) from None
+        reason = next(iter(str(error).strip().splitlines()), "it ends early")[:120]
+        what = f"is damaged or not a PyTorch checkpoint ({reason})"
+        raise ValueError(f"{path} {what}: download or copy it again") from None
 
 
 def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -72,10 +70,8 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             header = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(
-            f"{path} is not a readable safetensors file ({error}): check whether a web page or "
-            "a log was saved under that name"
-        ) from None
+        what = f"is not a readable safetensors file ({error})"
+        raise ValueError(f"{path} {what}: it may be a saved web page or a log") from None
     if DIGEST in header and header[DIGEST] != digest(tensors):
         raise ValueError(f"{path} is damaged (checksum mismatch of its tensors): copy it again")
     return header, tensors
@@ -126,8 +122,6 @@ def data_folder() -> Path:
     """
     folder = Path(os.environ.get("BEVT_DATA") or Path(__file__).resolve().parents[2] / "data")
     if not (folder / "photos").is_dir():
-        raise ValueError(
-            f"no embedded data at {folder}: install the kit from a clone with pip install -e ., or "
-            "point BEVT_DATA at the clone's data folder"
-        )
+        fix = "pip install -e . in a clone, or point BEVT_DATA at the clone's data folder"
+        raise ValueError(f"no embedded data at {folder}: {fix}")
     return folder

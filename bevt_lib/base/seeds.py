@@ -53,11 +53,8 @@ def torch_generator(seed: int, purpose: Purpose, *key: int) -> torch.Generator:
 
 def uniform_noise(seed: int, positions: Sequence[int], size: int, *key: int) -> torch.Tensor:
     """Draw uniforms in [0, 1) keyed by each sample's position: float32 (len(positions), size)."""
-    rows = [
-        numpy_generator(seed, Purpose.NOISE, *key, p).random(size, dtype=np.float32)
-        for p in positions
-    ]
-    return torch.from_numpy(np.stack(rows))
+    generators = [numpy_generator(seed, Purpose.NOISE, *key, p) for p in positions]
+    return torch.from_numpy(np.stack([g.random(size, dtype=np.float32) for g in generators]))
 
 
 @contextmanager
@@ -65,9 +62,8 @@ def seeded_globals(seed: int, purpose: Purpose, *key: int) -> Iterator[None]:
     """Seed torch, NumPy and Python's global generators from a key; restore all three afterwards."""
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     number = int(np.random.SeedSequence([seed, int(purpose), *key]).generate_state(1)[0])
-    torch.manual_seed(number)
-    np.random.seed(number)
-    random.seed(number)
+    for set_seed in (torch.manual_seed, np.random.seed, random.seed):
+        set_seed(number)
     try:
         yield
     finally:

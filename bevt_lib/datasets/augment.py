@@ -15,6 +15,7 @@ from bevt_lib.model.normalisation import MEAN
 
 INTERPOLATION = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC,
                  "lanczos": cv2.INTER_LANCZOS4}  # fmt: skip
+AREA, ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)  # of a random resized crop: share, width / height
 
 
 def resize(frames: np.ndarray, size: tuple[int, int], interpolation: str) -> np.ndarray:
@@ -32,17 +33,14 @@ def resize_short(frames: np.ndarray, short: int, interpolation: str = "bilinear"
     """Resize so that the short side is ``short`` pixels; the long side is rounded."""
     height, width = frames.shape[1:3]
     scale = short / min(height, width)
-    size = (int(height * scale + 0.5), int(width * scale + 0.5))
-    return resize(frames, size, interpolation)
+    return resize(frames, (int(height * scale + 0.5), int(width * scale + 0.5)), interpolation)
 
 
 def crop(frames: np.ndarray, top: int, left: int, height: int, width: int) -> np.ndarray:
     """Cut out a box. Raises ValueError where it leaves the frame."""
     if top < 0 or left < 0 or top + height > frames.shape[1] or left + width > frames.shape[2]:
-        raise ValueError(
-            f"a {height}x{width} crop doesn't fit frames of {frames.shape[1]}x{frames.shape[2]}: "
-            "resize to a larger short side first (--data.short)"
-        )
+        what = f"a {height}x{width} crop doesn't fit frames of {frames.shape[1]}x{frames.shape[2]}"
+        raise ValueError(f"{what}: resize to a larger short side first (--data.short)")
     return frames[:, top : top + height, left : left + width]
 
 
@@ -58,8 +56,8 @@ def random_crop(frames: np.ndarray, size: int, rng: np.random.Generator) -> np.n
 
 def center_crop(frames: np.ndarray, size: int) -> np.ndarray:
     """Cut the central square of ``size`` pixels."""
-    height, width = frames.shape[1:3]
-    return crop(frames, (height - size) // 2, (width - size) // 2, size, size)
+    top, left = ((side - size) // 2 for side in frames.shape[1:3])
+    return crop(frames, top, left, size, size)
 
 
 def three_crops(frames: np.ndarray, size: int) -> list[np.ndarray]:
@@ -71,21 +69,15 @@ def three_crops(frames: np.ndarray, size: int) -> list[np.ndarray]:
     return [crop(frames, top * steps, left * steps, size, size) for steps in (0, 2, 1)]
 
 
-def random_resized_crop(
-    frames: np.ndarray,
-    size: int,
-    rng: np.random.Generator,
-    area: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> np.ndarray:
-    """Cut a box of random area and aspect (width / height) and resize it to a square, bilinear.
+def random_resized_crop(frames: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Cut a box of random AREA and ASPECT and resize it to a square, bilinear.
 
     Ten tries, then the central square. Source: released fine-tuning configs.
     """
     height, width = frames.shape[1:3]
     for _ in range(10):
-        pixels = rng.uniform(*area) * height * width
-        aspect = np.exp(rng.uniform(*np.log(ratio)))
+        pixels = rng.uniform(*AREA) * height * width
+        aspect = np.exp(rng.uniform(*np.log(ASPECT)))
         w, h = round(float(np.sqrt(pixels * aspect))), round(float(np.sqrt(pixels / aspect)))
         if 0 < h <= height and 0 < w <= width:
             top = int(rng.integers(0, height - h, endpoint=True))
@@ -165,21 +157,15 @@ def tokenizer_input(frames: np.ndarray, size: int) -> np.ndarray:
 
 
 def pretraining_views(
-    frames: np.ndarray,
-    size: int,
-    input_size: int,
-    short: tuple[int, int],
-    rng: np.random.Generator,
-    *,
-    jitter: float = 0.0,
-) -> tuple[np.ndarray, np.ndarray]:
+    frames: np.ndarray, size: int, input_size: int, short: tuple[int, int],
+    rng: np.random.Generator, *, jitter: float = 0.0,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Cut one crop: (T, size, size, 3), and the same for the tokenizer (input_size for size).
 
     The short side is resized (bicubic) to a random integer in ``short``, both included; then
     colour jitter, random crop, a flip in every second clip. Source: released pretraining configs.
     """
-    side = int(rng.integers(*short, endpoint=True))
-    frames = resize_short(frames, side, "bicubic")
+    frames = resize_short(frames, int(rng.integers(*short, endpoint=True)), "bicubic")
     if jitter:
         frames = colour_jitter(frames, rng, jitter)
     frames = random_crop(frames, size, rng)

@@ -16,9 +16,8 @@ from torch.utils.data import Dataset
 
 from bevt_lib.base.config import ClipSpec
 from bevt_lib.base.seeds import Purpose, Stream, numpy_generator, python_generator
-from bevt_lib.datasets import augment
+from bevt_lib.datasets import augment, sampling
 from bevt_lib.datasets.lists import VIDEOS, Entries, Entry
-from bevt_lib.datasets.sampling import eval_frames, sample_frames, uniform_frames
 from bevt_lib.datasets.video import BadFile, ChooseFrames, read_frames, read_image, with_timeout
 
 REPLACEMENTS = 4  # other items tried in place of one whose file is bad
@@ -65,8 +64,9 @@ class Clips:
         """Make the function that chooses a training sample's frames."""
         length, rng = self.spec.frames, self.rng(Purpose.FRAMES, epoch, index)
         if self.spec.sampling == "uniform":
-            return partial(uniform_frames, length=length, rng=rng)
-        return partial(sample_frames, length=length, interval=self.spec.interval, rng=rng)
+            return partial(sampling.uniform_frames, length=length, rng=rng)
+        interval = self.spec.interval
+        return partial(sampling.sample_frames, length=length, interval=interval, rng=rng)
 
     def decode(self, index: int, choose: ChooseFrames) -> np.ndarray:
         """Decode the chosen frames of a video."""
@@ -183,17 +183,15 @@ class LabelledClips(Clips):
 
         def choose(total: int) -> np.ndarray:
             if spec.sampling == "uniform":
-                return uniform_frames(total, spec.frames)
-            return eval_frames(total, spec.frames, spec.interval, spec.clips).reshape(-1)
+                return sampling.uniform_frames(total, spec.frames)
+            return sampling.eval_frames(total, spec.frames, spec.interval, spec.clips).ravel()
 
         frames = self.decode(index, choose)
         three = spec.crops == 3
         frames = augment.resize_short(frames, spec.size if three else round(sum(spec.short) / 2))
         cut = augment.three_crops if three else augment.center_crop
-        views = np.reshape(
-            cut(frames, spec.size), (spec.crops, spec.clips, spec.frames, *2 * [spec.size], 3)
-        )
-        return np.ascontiguousarray(views.swapaxes(0, 1)).reshape(-1, *views.shape[2:])
+        views = np.reshape(cut(frames, spec.size), (spec.crops, spec.clips, spec.frames, -1))
+        return views.swapaxes(0, 1).reshape(-1, spec.frames, spec.size, spec.size, 3)
 
 
 class Positions(Dataset):
@@ -239,8 +237,7 @@ class Positions(Dataset):
             except BadFile as error:
                 if attempt == REPLACEMENTS or len(self.items) == 1:
                     raise
-                key = (self.stream, position, attempt)
-                rng = numpy_generator(self.seed, Purpose.REPLACE, *key)
+                rng = numpy_generator(self.seed, Purpose.REPLACE, self.stream, position, attempt)
                 index = (index + int(rng.integers(1, len(self.items)))) % len(self.items)
                 attempt += 1
                 entries = getattr(self.items, "entries", None)

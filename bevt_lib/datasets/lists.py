@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,60 +75,46 @@ class Record(NamedTuple):
 
 
 def read_entries(
-    path: Path,
-    root: Path,
-    *,
-    num_classes: int | None = None,
-    labelled: bool = True,
+    path: Path, root: Path, num_classes: int | None = None, *, labelled: bool = True,
     class_list: str = "",
-) -> list[Entry]:
+) -> list[Entry]:  # fmt: skip
     """Read any list of videos under ``root``; its suffix and content tell its format.
 
     A missing video gets the path it should have, for ``check_data`` to report. Without
     ``labelled`` labels may be missing (-1). Raises ValueError naming file, entry and fix.
     """
-    path, root = Path(path), Path(root)
+    # Names of videos with the numbers or names of their classes
     text = _text(path)
     if path.suffix.lower() == ".json":
-        rows = _json(path, text)
-        if not isinstance(rows, list) or not rows or not isinstance(rows[0], dict):
-            raise ValueError(f"{path}: is not a list of videos: give the official JSON of a split")
-        named = _json_rows(path, rows, labelled)
-        unit = "entry"
+        named, unit = _json_rows(path, text, labelled), "entry"
     elif path.suffix.lower() == ".csv" and "youtube_id" in text.partition("\n")[0]:
-        named = _kinetics_rows(path, text, labelled)
-        unit = "row"
+        named, unit = _kinetics_rows(path, text, labelled), "row"
     else:
-        return read_list(path, root, num_classes=num_classes, labelled=labelled)
-    classes = read_classes(Path(class_list)) if class_list else {}
+        return read_list(path, root, num_classes, labelled=labelled)
+    # Class numbers
+    labels = [-1] * len(named)
     if labelled:
+        classes = read_classes(Path(class_list)) if class_list else {}
         names = sorted({label for _, label in named if isinstance(label, str)})
         if names and not classes:
             # Kinetics numbers its classes alphabetically: a part of them doesn't give the numbers.
             if unit == "entry" or num_classes not in (None, len(names)):
                 raise ValueError(
                     f"{path}: has {len(names)} class names but no numbers: give all "
-                    f"{num_classes or ''} names with --data.class-list (Something-Something: "
-                    "labels.json; or one name a line)"
+                    f"{num_classes or ''} names with --data.class-list (labels.json, or one a line)"
                 )
             classes = {name: number for number, name in enumerate(names)}
         if classes and num_classes not in (None, len(classes)):
-            raise ValueError(
-                f"{class_list}: {len(classes)} classes, the recipe has {num_classes}: give another "
-                "--data.class-list or set --num-classes"
-            )
-    labels = [
-        _number(label, classes, num_classes, f"{path}, {unit} {i}") if labelled else -1
-        for i, (_, label) in enumerate(named, 1)
-    ]
+            what = f"{class_list}: {len(classes)} classes, the recipe has {num_classes}"
+            raise ValueError(f"{what}: give another --data.class-list or set --num-classes")
+        for i, (_, label) in enumerate(named):
+            labels[i] = _number(label, classes, num_classes, f"{path}, {unit} {i + 1}")
+    # Video files
     found = find_videos(root)
-    stems = [stem for stem, _ in named]
-    if not any(stem in found for stem in stems):
-        raise ValueError(
-            f"{path}: none of its {len(stems)} videos (such as {stems[0]}.mp4) is under {root}: "
-            "set the root folder (--data.video-root)"
-        )
-    paths = (found.get(stem) or root / f"{stem}.{VIDEOS[0]}" for stem in stems)
+    if not any(stem in found for stem, _ in named):
+        what = f"none of its {len(named)} videos (such as {named[0][0]}.mp4) is under {root}"
+        raise ValueError(f"{path}: {what}: set the root folder (--data.video-root)")
+    paths = (found.get(stem) or root / f"{stem}.{VIDEOS[0]}" for stem, _ in named)
     return [Entry(*pair) for pair in zip(paths, labels, strict=True)]
 
 
@@ -137,9 +124,9 @@ def _number(label: Any, classes: Mapping[str, int], num_classes: int | None, whe
     if number is None:
         raise ValueError(f"{where}: unknown class {label!r}: correct --data.class-list")
     if not 0 <= number < (num_classes or math.inf):
-        raise ValueError(
-            f"{where}: label {number} is out of range: correct the list or set --num-classes"
-        )
+        known = f"0..{num_classes - 1}" if num_classes else "0, 1, 2, ..."
+        what = f"label {number} is out of range {known}"
+        raise ValueError(f"{where}: {what}: correct the list or set --num-classes")
     return number
 
 
@@ -149,10 +136,8 @@ def _kinetics_rows(path: Path, text: str, labelled: bool) -> list[tuple[str, Any
     columns = ["label"] * labelled + ["youtube_id", "time_start", "time_end"]
     missing = [c for c in columns if c not in (reader.fieldnames or ())]
     if missing:
-        raise ValueError(
-            f"{path}: no column {', '.join(missing)}: Kinetics' own list has label,youtube_id,"
-            "time_start,time_end,split"
-        )
+        official = "Kinetics' own list has label,youtube_id,time_start,time_end,split"
+        raise ValueError(f"{path}: no column {', '.join(missing)}: {official}")
     named = []
     for number, row in enumerate(reader, 1):
         try:
@@ -161,36 +146,32 @@ def _kinetics_rows(path: Path, text: str, labelled: bool) -> list[tuple[str, Any
                 raise ValueError
         except (TypeError, ValueError):
             shown = ",".join(str(v) for v in row.values())[:60]
-            raise ValueError(
-                f"{path}, row {number}: {shown!r} lacks one of {', '.join(columns)}: download the "
-                "list again"
-            ) from None
+            lacks = f"{shown!r} lacks one of {', '.join(columns)}"
+            raise ValueError(f"{path}, row {number}: {lacks}: download the list again") from None
         named.append((f"{row['youtube_id']}_{start:06d}_{end:06d}", row.get("label")))
     if not named:
         raise ValueError(f"{path}: the list is empty: download it again")
     return named
 
 
-def _json_rows(path: Path, rows: list[dict], labelled: bool) -> list[tuple[str, Any]]:
+def _json_rows(path: Path, text: str, labelled: bool) -> list[tuple[str, Any]]:
     """Read official JSON: Diving48's (class numbers) or Something-Something's (templates)."""
+    rows = _json(path, text)
+    if not isinstance(rows, list) or not rows or not isinstance(rows[0], dict):
+        raise ValueError(f"{path}: is not a list of videos: give the official JSON of a split")
     diving = "vid_name" in rows[0]
-    keys = ("vid_name", "label") if diving else ("id", "template")
-    kinds = (str, int) if diving else (str, str)
-    named = []
+    name, label, kind = ("vid_name", "label", int) if diving else ("id", "template", str)
     for number, row in enumerate(rows, 1):
-        for key, kind in zip(keys, kinds, strict=True):
-            known = isinstance(row, dict) and isinstance(row.get(key), kind)
-            if not known and (labelled or key == keys[0]):
+        for key, wanted in ((name, str), (label, kind))[: 1 + labelled]:
+            if not isinstance(row, dict) or not isinstance(row.get(key), wanted):
                 raise ValueError(
-                    f"{path}, entry {number}: no {key!r} that is a {kind.__name__}: Diving48 has "
-                    "vid_name and label, Something-Something id and template (its test.json has "
-                    "no labels)"
+                    f"{path}, entry {number}: no {key!r} that is a {wanted.__name__}: Diving48 has "
+                    "vid_name and label, Something-Something id and template (not in test.json)"
                 )
-        label = row.get(keys[1])
-        if isinstance(label, str):
-            label = label.replace("[", "").replace("]", "")
-        named.append((row[keys[0]], label))
-    return named
+    brackets = str.maketrans("", "", "[]")  # around the objects in a template
+    if diving:
+        return [(row[name], row.get(label)) for row in rows]
+    return [(row[name], str(row.get(label)).translate(brackets)) for row in rows]
 
 
 def read_classes(path: Path) -> dict[str, int]:
@@ -207,10 +188,8 @@ def read_classes(path: Path) -> dict[str, int]:
     except (TypeError, ValueError):
         classes = {}
     if not classes or sorted(classes.values()) != list(range(len(classes))):
-        raise ValueError(
-            f"{path}: is not a list of different classes numbered 0, 1, 2, ...: give labels.json, "
-            "or one name a line"
-        )
+        what = "is not a list of different classes numbered 0, 1, 2, ..."
+        raise ValueError(f"{path}: {what}: give labels.json, or one name a line")
     return classes
 
 
@@ -233,7 +212,7 @@ def find_videos(root: Path) -> dict[str, Path]:
 
 
 def read_list(
-    path: Path, root: Path, *, num_classes: int | None = None, labelled: bool = True
+    path: Path, root: Path, num_classes: int | None = None, *, labelled: bool = True
 ) -> list[Entry]:
     """Read a Kinetics-style list: one ``path label`` a line, paths relative to ``root``.
 
@@ -242,25 +221,17 @@ def read_list(
     malformed line, or a label outside 0 .. num_classes - 1.
     """
     entries = []
-    for number, line in enumerate(_text(Path(path)).splitlines(), 1):
-        if not line.strip():
-            continue
-        name, label = line.strip(), -1
+    for number, line in enumerate(_text(path).splitlines(), 1):
+        name, label, where = line.strip(), -1, f"{path}, line {number}"
         words = name.rsplit(maxsplit=1)
         if len(words) == 2 and words[1].removeprefix("-").isdecimal():
             name, label = words[0], int(words[1])
-        elif labelled:
-            raise ValueError(
-                f"{path}, line {number}: {name[:60]!r} is not `path label`: write the video's "
-                "path, a space and the class number"
-            )
-        if labelled and not 0 <= label < (num_classes or math.inf):
-            known = f"0..{num_classes - 1}" if num_classes else "0, 1, 2, ..."
-            raise ValueError(
-                f"{path}, line {number}: label {label} is out of range {known}: correct the list "
-                "or set --num-classes"
-            )
-        entries.append(Entry(Path(root) / name, label))
+        elif labelled and name:
+            what = f"{name[:60]!r} is not `path label`"
+            raise ValueError(f"{where}: {what}: write the path, a space and the class number")
+        if name:
+            label = _number(label, {}, num_classes, where) if labelled else label
+            entries.append(Entry(root / name, label))
     if not entries:
         raise ValueError(f"{path}: the list is empty: write one `path label` a line")
     return entries
@@ -293,11 +264,9 @@ def read_report(path: Path) -> dict[str, Record]:
     records = {}
     lines = _text(path).splitlines()
     for line in lines:
-        try:
+        with suppress(ValueError, TypeError):
             record = Record(**json.loads(line))
-        except (ValueError, TypeError):
-            continue
-        records[record.path] = record
+            records[record.path] = record
     if lines and not records:
         raise ValueError(f"{path}: is not a report of check_data: give the file it wrote")
     return records
@@ -316,10 +285,8 @@ def leave_out_bad(
         known = [records.get(entry.path) for entry in kept]
         kept = [entry for entry, ok in zip(kept, known, strict=True) if ok is not False]
         if any(ok is not None for ok in known):
-            lines.append(
-                f"{report}: {known.count(False)} of {len(known)} entries are bad and left out, "
-                f"{known.count(None)} were not checked"
-            )
+            bad = f"{known.count(False)} of {len(known)} entries are bad and left out"
+            lines.append(f"{report}: {bad}, {known.count(None)} were not checked")
     if not kept:
         raise ValueError(f"all {len(entries)} entries are bad by --data.checked: check them again")
     return kept, lines
@@ -337,6 +304,5 @@ def _json(path: Path, text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}, line {error.lineno}: is not valid JSON ({error.msg}): download it again"
-        ) from None
+        what = f"line {error.lineno}: is not valid JSON ({error.msg})"
+        raise ValueError(f"{path}, {what}: download it again") from None

@@ -10,24 +10,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from random import Random
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
-
-from bevt_lib.base import distributed
+from bevt_lib.base import distributed, files
 from bevt_lib.base.config import Finetune, Pretrain, Recipe
-from bevt_lib.base.files import data_folder
 from bevt_lib.datasets import lists, synthetic
 from bevt_lib.datasets.items import Clips, LabelledClips, PretrainClips, PretrainImages
 from bevt_lib.datasets.lists import Entry
-from bevt_lib.datasets.synthetic import CLASSES, CLIPS, STILLS
 from bevt_lib.datasets.video import Video, import_decord
 from bevt_lib.model.bevt import STRIDE
-from bevt_lib.model.masking import block_mask, tube_mask
+from bevt_lib.model.masking import tube_mask
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
-Lines = dict[str, str]
 UNITS = {"video": "clips", "clip": "clips", "image": "pictures"}
 FIELDS = {  # of the data section that a stream of one's own reads
     "video": ("video_list", "video_root"),
@@ -55,15 +49,16 @@ def place_of(recipe: Recipe, stream: str, split: str = "train") -> Place:
     """
     d = recipe.data
     if isinstance(recipe, Finetune):
-        embedded = d.embedded and recipe.task in CLASSES
-        given = d.video_list or d.val_list or d.video_root
-        path = d.video_list if split == "train" else d.val_list
-        flag = "--data.video-list FILE" if split == "train" else "--data.val-list FILE"
-        return Place(bool(given) or not embedded, path, d.video_root, flag)
-    path, root, flag = d.video_list, d.video_root, "--data.video-list FILE"
-    if stream == "image":
-        path, root, flag = d.image_list or d.image_root, d.image_root, "--data.image-root DIR"
-    return Place(split == "train" and bool(path or root or not d.embedded), path, root, flag)
+        embedded = d.embedded and recipe.task in synthetic.CLASSES
+        own = bool(d.video_list or d.val_list or d.video_root) or not embedded
+        if split != "train":
+            return Place(own, d.val_list, d.video_root, "--data.val-list FILE")
+    elif stream == "image":
+        own = split == "train" and bool(d.image_list or d.image_root or not d.embedded)
+        return Place(own, d.image_list or d.image_root, d.image_root, "--data.image-root DIR")
+    else:
+        own = split == "train" and bool(d.video_list or d.video_root or not d.embedded)
+    return Place(own, d.video_list, d.video_root, "--data.video-list FILE")
 
 
 def parts_of(recipe: Recipe, splits: Sequence[str] = ()) -> list[tuple[str, str]]:
@@ -84,21 +79,17 @@ def check_sources(recipe: Recipe, splits: Sequence[str] = (), *, plan: bool = Fa
 
     Called before anything is rendered or loaded. A ``plan`` may lack lists. Raises ValueError.
     """
-    d, parts = recipe.data, parts_of(recipe, splits)
-    own = [(stream, place_of(recipe, stream, split)) for stream, split in parts]
+    d = recipe.data
+    own = [(part[0], place_of(recipe, *part)) for part in parts_of(recipe, splits)]
     own = [(stream, place) for stream, place in own if place.own]
     used = {field for stream, _ in own for field in (*FIELDS[stream], "checked")}
     fields = (*FIELDS["clip"], *FIELDS["image"], "checked")
     unused = ["--data." + f.replace("_", "-") for f in fields if getattr(d, f) and f not in used]
     if unused:
-        reads = "data of your own" if own else "the embedded data"
-        raise ValueError(
-            f"{recipe.name} reads {reads} and doesn't use {', '.join(unused)}: leave it out"
-        )
-    missing = [
-        place.flag + f" ({stream} stream)" * isinstance(recipe, Pretrain)
-        for stream, place in own if not place.path
-    ]  # fmt: skip
+        reads = f"{recipe.name} reads {'data of your own' if own else 'the embedded data'}"
+        raise ValueError(f"{reads} and doesn't use {', '.join(unused)}: leave it out")
+    missing = [place.flag + f" ({stream} stream)" * isinstance(recipe, Pretrain)
+               for stream, place in own if not place.path]  # fmt: skip
     if missing and (not plan or (d.video_root and not d.video_list + d.val_list)):
         does = "is tested on" if splits else "trains on"
         raise ValueError(f"{recipe.name} {does} data of your own: give {' and '.join(missing)}")
@@ -108,9 +99,8 @@ def check_sources(recipe: Recipe, splits: Sequence[str] = (), *, plan: bool = Fa
 
 def embedded_origin(recipe: Recipe, stream: str, split: str) -> str:
     """Say how much the embedded data hold of a split of a stream."""
-    count = STILLS[split] if stream == "image" else CLIPS[split]
-    if split == "train" and not isinstance(recipe, Pretrain | Finetune):
-        count += len(photos_and_film_frames())
+    count = (synthetic.STILLS if stream == "image" else synthetic.CLIPS)[split]
+    count += len(photos_and_film_frames(recipe, split))
     return f"{count:,} {UNITS[stream]}, embedded ({split} split)"
 
 
@@ -128,17 +118,14 @@ def list_entries(recipe: Recipe, stream: str, split: str = "train") -> tuple[lis
         folder = synthetic.render()
         if stream == "image":
             entries = lists.read_image_folder(folder / "images" / split)
-            if split == "train" and not isinstance(recipe, Pretrain | Finetune):
-                entries += photos_and_film_frames()
+            entries += photos_and_film_frames(recipe, split)
         else:
             task = recipe.task if isinstance(recipe, Finetune) else "how"
             entries = lists.read_list(folder / f"{task}_{split}.txt", folder, **labels)
         return entries, embedded_origin(recipe, stream, split)
     if not place.path:
-        raise ValueError(
-            f"{recipe.name} needs {place.flag}: one `path label` a line, or the set's official "
-            "list; of pictures a folder of class folders"
-        )
+        forms = "one `path label` a line, or the official list; of pictures, class folders"
+        raise ValueError(f"{recipe.name} needs {place.flag}: {forms}")
     path, root = Path(place.path), Path(place.root or ".")
     if stream != "image":
         entries = lists.read_entries(path, root, class_list=d.class_list, **labels)
@@ -150,12 +137,14 @@ def list_entries(recipe: Recipe, stream: str, split: str = "train") -> tuple[lis
     return entries, "; ".join([f"{len(entries):,} {UNITS[stream]} from {path}", *left_out])
 
 
-def photos_and_film_frames() -> list[Entry]:
+def photos_and_film_frames(recipe: Recipe, split: str) -> list[Entry]:
     """List what a tokenizer is trained on beside stills: photos, film frames (label = frame)."""
+    if split != "train" or isinstance(recipe, Pretrain | Finetune):
+        return []
     photos = [Entry(path, 0) for path in synthetic.photo_splits()["train"]] * PHOTO_REPEATS
     return photos + [
         Entry(path, frame)
-        for path in sorted((data_folder() / "film").glob("*.mp4"))
+        for path in sorted((files.data_folder() / "film").glob("*.mp4"))
         for frame in range(0, len(Video(path)), FILM_STEP)
     ]
 
@@ -166,14 +155,14 @@ def print_origins(items: Mapping[str, Clips]) -> None:
         print(*(f"{name}: {one.origin}" for name, one in items.items()), sep="\n")
 
 
-def plan_sources(recipe: AnyRecipe, splits: Sequence[str] = ()) -> tuple[AnyRecipe, Lines]:
+def plan_sources(recipe: AnyRecipe, splits: Sequence[str] = ()) -> tuple[AnyRecipe, dict[str, str]]:
     """Describe what a run would read, a line per part; give the recipe with its list's real size.
 
     Nothing is rendered or decoded; of the paths only lists and folders are read. Raises ValueError
     as :func:`check_sources` does.
     """
     check_sources(recipe, splits, plan=True)
-    lines: Lines = {}
+    lines: dict[str, str] = {}
     first = recipe
     for stream, split in parts_of(recipe, splits):
         place, size = place_of(recipe, stream, split), recipe.data.expected_items
@@ -193,22 +182,10 @@ def plan_sources(recipe: AnyRecipe, splits: Sequence[str] = ()) -> tuple[AnyReci
     return first, lines
 
 
-def hide_blocks(rng: Random, grid: tuple[int, int], target: int) -> np.ndarray:
-    """Draw an image's mask: bool (1, h, w)."""
-    return block_mask(grid, rng, target=target)[None]
-
-
-def hide_tubes(
-    rng: Random, grid: tuple[int, int, int], target: int, length: tuple[float, float]
-) -> np.ndarray:
-    """Draw a clip's mask: bool (D, h, w)."""
-    return tube_mask(grid, rng, target=target, length=length)
-
-
 def reading(recipe: Recipe, origin: str = "") -> dict[str, Any]:
     """Give what every data set takes from a recipe beside how clips are cut."""
-    d, seed = recipe.data, recipe.run.seed
-    return {"seed": seed, "timeout": d.timeout, "decoder": d.decoder, "origin": origin}
+    d = recipe.data
+    return {"seed": recipe.run.seed, "timeout": d.timeout, "decoder": d.decoder, "origin": origin}
 
 
 def pretraining_items(recipe: Pretrain, stream: str, split: str = "train") -> PretrainClips:
@@ -218,19 +195,17 @@ def pretraining_items(recipe: Pretrain, stream: str, split: str = "train") -> Pr
     """
     d, side = recipe.data, recipe.data.size // STRIDE
     if d.size % (2 * STRIDE):
-        raise ValueError(
-            f"data.size {d.size}: the decoder needs a multiple of 32 px, such as "
-            f"{max(64, 32 * round(d.size / 32))}"
-        )
-    target = recipe.masking.target((side, side))
+        near = max(64, 32 * round(d.size / 32))
+        raise ValueError(f"data.size {d.size}: the decoder needs a multiple of 32 px, like {near}")
     entries, origin = list_entries(recipe, stream, split)
-    settings = {"input_size": side * recipe.tokens.factor, **reading(recipe, origin)}
-    if stream == "image":
-        hide = partial(hide_blocks, grid=(side, side), target=target)
-        return PretrainImages(entries, d.clip_spec(), mask=hide, jitter=d.jitter, **settings)
-    grid = (math.ceil(d.frames / recipe.model.patch[0]), side, side)
-    tube = partial(hide_tubes, grid=grid, target=target, length=recipe.masking.tube)
-    return PretrainClips(entries, d.clip_spec(), mask=tube, **settings)
+    images = stream == "image"  # of one time step: a tube's block is then the whole mask
+    steps = 1 if images else math.ceil(d.frames / recipe.model.patch[0])
+    target, length = recipe.masking.target((side, side)), recipe.masking.tube
+    return (PretrainImages if images else PretrainClips)(
+        entries, d.clip_spec(), input_size=side * recipe.tokens.factor,
+        mask=partial(tube_mask, (steps, side, side), target=target, length=length),
+        jitter=d.jitter if images else 0.0, **reading(recipe, origin),
+    )  # fmt: skip
 
 
 def labelled_items(recipe: Finetune, split: str = "train") -> LabelledClips:

@@ -11,8 +11,8 @@ every single frame looks alike under all labels.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Executor, ProcessPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +26,6 @@ from bevt_lib.base.files import data_folder, replace_file
 from bevt_lib.base.seeds import Purpose, numpy_generator
 from bevt_lib.datasets.video import write_video
 
-Write = Callable[[Path, int], None]  # an item of a number, into a folder
 KINDS = ("bird", "bug", "drink", "flower", "fruit", "house", "sign", "sweet")
 MOTIONS = ("left", "right", "up", "down", "approach", "recede", "clockwise", "anticlockwise")
 CLASSES = {"what": KINDS, "how": MOTIONS}  # of the two tasks
@@ -119,8 +118,7 @@ def draw_scene(split: str, index: int, kind: int, motion: int) -> Scene:
     speed = [rng.uniform(*bounds) for bounds in (PAN, PAN, ZOOM, ROLL)]
     velocity = np.zeros(4)
     # The scene moves left when the camera moves right. On screen y points down.
-    sign = (1, -1, 1, -1, 1, -1, 1, -1)[motion]
-    velocity[motion // 2] = sign * speed[motion // 2]
+    velocity[motion // 2] = speed[motion // 2] * (-1) ** motion
     return Scene(photo.name, name.name, kind, motion, tile, rng.uniform(low, high), velocity)
 
 
@@ -157,21 +155,17 @@ def render_clip(scene: Scene, frames: int = FRAMES) -> np.ndarray:
 def _frame(scene: Scene, time: int) -> np.ndarray:
     """Render the scene at one time: wrap position, log-scale and angle, then warp."""
     x, y, log_scale, angle = scene.start + scene.velocity * time
-    log_scale = _wrap(log_scale, LOG_SCALE)
-    angle = _wrap(angle, ANGLE)
-    scale = np.exp(-log_scale)
+    scale, angle = np.exp(-_wrap(log_scale, LOG_SCALE)), _wrap(angle, ANGLE)
     cos, sin = np.cos(angle) * scale, np.sin(angle) * scale
     turn = np.array([[cos, sin], [-sin, cos]])
     centre = np.array([x % TILE, y % TILE]) + TILE
-    shift = centre - turn @ np.full(2, (SIDE - 1) / 2)
-    warp = np.column_stack([turn, shift])
+    warp = np.column_stack([turn, centre - turn @ np.full(2, (SIDE - 1) / 2)])
     around = np.tile(scene.tile, (3, 3, 1))
     return cv2.warpAffine(around, warp, (SIDE, SIDE), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
 
 
 def _wrap(value: float, bounds: tuple[float, float]) -> float:
-    low, high = bounds
-    return low + (value - low) % (high - low)
+    return bounds[0] + (value - bounds[0]) % (bounds[1] - bounds[0])
 
 
 def labels(split: str, index: int) -> tuple[int, int]:
@@ -197,20 +191,15 @@ def render(folder: Path | None = None, workers: int = 2) -> Path:
         target.mkdir(parents=True, exist_ok=True)
         with FileLock(target / "lock"), ProcessPoolExecutor(workers) as pool:
             for split, count in CLIPS.items():
-                if not (target / f"how_{split}.txt").exists():
-                    place = target / "clips" / split
-                    _all(pool, partial(_write_clip, split), count, place, f"{split} clips")
-                    _write_lists(target, split, count)
+                _all(pool, partial(_write_clip, split), count, target / "clips" / split)
+                _write_lists(target, split, count)
             for split, count in STILLS.items():
-                place = target / "images" / split
-                if not place.exists():
-                    _all(pool, partial(_write_still, split), count, place, f"{split} stills")
+                _all(pool, partial(_write_still, split), count, target / "images" / split)
             finished.touch()
     except OSError as error:
-        raise ValueError(
-            f"can't write the rendered clips to {parent} ({error.strerror}): make it writable, or "
-            "copy the data folder to a disk with 200 MB free and point BEVT_DATA at the copy"
-        ) from None
+        what = f"can't write the rendered clips to {parent} ({error.strerror})"
+        fix = "make it writable, or point BEVT_DATA at a copy of the data folder with 200 MB free"
+        raise ValueError(f"{what}: {fix}") from None
     return target
 
 
@@ -222,14 +211,18 @@ def version() -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def _all(pool: ProcessPoolExecutor, write: Write, count: int, place: Path, name: str) -> None:
-    """Write ``count`` items into a hidden folder and rename it when all are there."""
+def _all(pool: Executor, write: Callable[[Path, int], None], count: int, place: Path) -> None:
+    """Write ``count`` items into a hidden folder and rename it when all are there.
+
+    ``write`` writes the item of a number into a folder. What is there already is kept.
+    """
+    if place.exists():
+        return
     part = place.with_name(f".{place.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    done: Iterable = pool.map(partial(write, part), range(count), chunksize=32)
-    for _ in tqdm(done, total=count, desc=name, mininterval=1):
-        pass
+    done = pool.map(partial(write, part), range(count), chunksize=32)
+    list(tqdm(done, total=count, desc=f"{place.name} {place.parent.name}", mininterval=1))
     part.rename(place)
 
 
@@ -242,15 +235,14 @@ def _write_still(split: str, folder: Path, index: int) -> None:
     """Write one frame of a scene of its own: indices beyond the clips'."""
     what, how = labels(split, index)
     scene = draw_scene(split, CLIPS[split] + index, what, how)
-    place = folder / KINDS[what]
-    place.mkdir(exist_ok=True)
+    (folder / KINDS[what]).mkdir(exist_ok=True)
     picture = cv2.cvtColor(render_clip(scene, 1)[0], cv2.COLOR_RGB2BGR)
     encoded = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 92])[1]
-    encoded.tofile(place / f"{index:05d}.jpg")
+    encoded.tofile(folder / KINDS[what] / f"{index:05d}.jpg")
 
 
 def _write_lists(target: Path, split: str, count: int) -> None:
-    """Write the two lists of a split; the how list comes last: it marks the split as complete."""
+    """Write the two lists of a split."""
     for which, task in enumerate(("what", "how")):
         lines = [f"clips/{split}/{i:05d}.mp4 {labels(split, i)[which]}\n" for i in range(count)]
         with replace_file(target / f"{task}_{split}.txt") as part:

@@ -18,7 +18,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,11 +32,9 @@ MIN_FRAME_SHARE = 0.8  # share of what the header promises; a file that holds le
 # Codecs in which every packet is one shown frame and a key frame can be decoded by itself. Videos
 # of others (GIF; VP8, whose packets may be hidden frames) are decoded whole.
 ONE_BY_ONE = {"h264", "hevc", "vp9", "av1", "mpeg4"}
-AUTO = "pyav"  # what the decoder "auto" means: in bench 1.5 to 1.7 times as fast as decord
 # Pixel formats that decord turns into the same RGB; all but the full-size yuv444p of even sides.
 DECORD_FORMATS = {"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv422p10le", "yuv444p"}
 CHUNK = 16  # frames held at a time where decord reads from the start
-UNREADABLE = (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError)
 Result = TypeVar("Result")
 ChooseFrames = Callable[[int], Sequence[int] | np.ndarray]  # from how many there are
 
@@ -53,35 +50,30 @@ class BadFile(ValueError):
         self.kind = kind
 
 
-class VideoError(BadFile):
-    """A video that can't be read."""
-
-
 class Video:
     """An open video: ``len(video)`` frames, ``video.frames(indices)`` decodes some of them.
 
-    Opening reads all packets and decodes nothing. Raises VideoError for a file that is missing, not
+    Opening reads all packets and decodes nothing. Raises BadFile for a file that is missing, not
     a valid video, truncated, or without frames.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         if not self.path.is_file():
-            raise VideoError(
-                f"{path}: no such video file; check the list and its root folder", "missing"
-            )
+            raise BadFile(f"{path}: no such video file; check the list and its root", "missing")
         self._pictures: list[av.VideoFrame] = []
         with self._one_line():
             self._container = av.open(str(self.path))
             if not self._container.streams.video:
-                raise VideoError(f"{self.path}: holds no video; remove it from the list")
+                raise BadFile(f"{self.path}: holds no video; remove it from the list")
             self._stream = self._container.streams.video[0]
             self._stream.codec_context.thread_count = 1
             self._packets = [p for p in self._container.demux(self._stream) if p.size]
+            self._shown = [p for p in self._packets if not (p.is_discard or p.is_corrupt)]
             # Frame count from the header; 0 if absent. Discarded: frames before the start of a clip
             # that was cut from a film without re-encoding.
             self.promised = self._stream.frames - sum(p.is_discard for p in self._packets)
-            self._times = self._shown()
+            self._times = self._times_shown()
             if not self._times:
                 self._pictures = list(self._play())
         self._check_share(len(self))
@@ -98,37 +90,31 @@ class Video:
         """Decode the frames at ``indices`` (0 .. len - 1): uint8 (len(indices), H, W, 3)."""
         chosen = np.asarray(indices, dtype=np.int64)
         if not chosen.size or chosen.min() < 0 or chosen.max() >= len(self):
-            raise VideoError(
-                f"{self.path}: frames {chosen.tolist()} asked for: choose from 0..{len(self) - 1}"
-            )
+            raise BadFile(f"{self.path}: frames {chosen.tolist()}: choose from 0..{len(self) - 1}")
         unique, places = np.unique(chosen, return_inverse=True)
-        if (AUTO if decoder == "auto" else decoder) == "decord":
+        if decoder == "decord":  # "auto" means PyAV: in bench 1.5 to 1.7 times as fast
             return self._by_decord(unique)[places]
         with self._one_line():
             pictures = self._decode(unique)
         self._check_sizes({(p.width, p.height) for p in pictures})
         convert = VideoReformatter()
-        first = _pixels(pictures[0], convert)
-        pixels = np.empty((len(chosen), *first.shape), dtype=np.uint8)
-        for number, picture in enumerate(pictures):
-            pixels[places == number] = _pixels(picture, convert) if number else first
-        return pixels
+        pixels = [_pixels(picture, convert) for picture in pictures]
+        return np.array([pixels[place] for place in places])
 
     def count(self) -> int:
-        """Decode every frame, keep none, and count them. Raises VideoError as opening does."""
+        """Decode every frame, keep none, and count them. Raises BadFile as opening does."""
         with self._one_line():
             sizes = [(p.width, p.height) for p in self._pictures or self._play()]
         self._check_share(len(sizes))
         self._check_sizes(set(sizes))
         return len(sizes)
 
-    def _shown(self) -> list[int]:
+    def _times_shown(self) -> list[int]:
         """List the times at which frames are shown; [] where the packets don't say."""
-        packets = [p for p in self._packets if not (p.is_discard or p.is_corrupt)]
-        times = {p.pts for p in packets if p.pts is not None}
+        times = {p.pts for p in self._shown if p.pts is not None}
         known = self._stream.codec_context.codec.canonical_name in ONE_BY_ONE
         known = known and self._container.format.name != "avi"  # its timestamps are decoding times
-        return sorted(times) if known and len(times) == len(packets) else []
+        return sorted(times) if known and len(times) == len(self._shown) else []
 
     def _decode(self, chosen: np.ndarray) -> list[av.VideoFrame]:
         """Decode the frames at ``chosen``, all different, from the key frame before the first."""
@@ -164,12 +150,11 @@ class Video:
     def _by_decord(self, unique: np.ndarray) -> np.ndarray:
         """Decode the frames at ``unique``, ascending, by decord; see the module's docstring.
 
-        Raises VideoError for a file of which decord would give other frames than PyAV, or none.
+        Raises BadFile for a file of which decord would give other frames than PyAV, or none.
         """
         decord = import_decord()
-        context, pixels = self._stream.codec_context, ""
-        if context.format and context.format.name in DECORD_FORMATS:
-            pixels = context.format.name
+        context = self._stream.codec_context
+        pixels = str(context.format and context.format.name)
         odd = pixels != "yuv444p" and (context.width % 2 or context.height % 2)
         try:
             reader = decord.VideoReader(str(self.path), num_threads=1)
@@ -177,13 +162,13 @@ class Video:
                 "an MPEG transport stream": self._container.format.name == "mpegts",
                 "several video streams": len(self._container.streams.video) > 1,
                 "interlaced": context.field_order > 1,  # 0: unknown, 1: progressive
-                f"pixel format {context.format and context.format.name}": not pixels,
+                f"pixel format {pixels}": pixels not in DECORD_FORMATS,
                 f"odd sides, {context.width}x{context.height}": odd,
                 f"it counts {len(reader)} frames, not {len(self)}": len(reader) != len(self),
             }
             if any(unlike.values()):
                 reasons = ", ".join(reason for reason, holds in unlike.items() if holds)
-                raise VideoError(f"{self.path}: decord reads this kind of video differently from "
+                raise BadFile(f"{self.path}: decord reads this kind of video differently from "
                                  f"PyAV ({reasons}): set --data.decoder pyav")  # fmt: skip
             if self._times and self._gops_are_closed():
                 return reader.get_batch(unique).asnumpy()
@@ -193,32 +178,27 @@ class Video:
                 parts.append(reader.get_batch(chunk).asnumpy()[np.isin(chunk, unique)])
             return np.concatenate(parts)
         except decord.DECORDError:
-            message = f"{self.path}: decord can't read this video: set --data.decoder pyav"
-            raise VideoError(message) from None
+            what = "decord can't read this video: set --data.decoder pyav"
+            raise BadFile(f"{self.path}: {what}") from None
 
     def _gops_are_closed(self) -> bool:
         """Say whether all frames behind a key frame in the file are also shown after it."""
-        packets = [p for p in self._packets if not (p.is_discard or p.is_corrupt)]
-        times = np.array([p.pts for p in packets])
+        times = np.array([p.pts for p in self._shown])
         first_shown = np.minimum.accumulate(times[::-1])[::-1]  # of a packet and all behind it
-        return bool((first_shown >= times)[[p.is_keyframe for p in packets]].all())
+        return bool((first_shown >= times)[[p.is_keyframe for p in self._shown]].all())
 
     def _check_share(self, held: int) -> None:
-        """Raise VideoError where there is no frame, or fewer than MIN_FRAME_SHARE of them."""
+        """Raise BadFile where there is no frame, or fewer than MIN_FRAME_SHARE of them."""
         if not held:
-            raise VideoError(f"{self.path}: holds no video frame; remove it from the list")
-        share = held / self.promised if self.promised > 0 else self._seconds_share()
+            raise BadFile(f"{self.path}: holds no video frame; remove it from the list")
+        share = held / self.promised if self.promised > 0 else 1.0
+        if self.promised <= 0 and self._container.duration:  # by the seconds that it promises
+            ends = [p.pts + (p.duration or 0) for p in self._packets if p.pts is not None]
+            end = max(ends, default=0) * float(self._stream.time_base or 0)
+            begin = (self._container.start_time or 0) / av.time_base
+            share = (end - begin) / (self._container.duration / av.time_base)
         if share < MIN_FRAME_SHARE:
             raise self._damaged(f"only {share:.0%} of it is there", "truncated")
-
-    def _seconds_share(self) -> float:
-        """Say which share of the seconds that the header promises is there."""
-        begin, seconds = (
-            (t or 0) / av.time_base for t in (self._container.start_time, self._container.duration)
-        )
-        ends = [p.pts + (p.duration or 0) for p in self._packets if p.pts is not None]
-        end = max(ends, default=0) * float(self._stream.time_base or 0)
-        return (end - begin) / seconds if seconds else 1.0
 
     def _check_sizes(self, sizes: set[tuple[int, int]]) -> None:
         if len(sizes) > 1:
@@ -226,28 +206,23 @@ class Video:
 
     @contextmanager
     def _one_line(self) -> Iterator[None]:
-        """Raise errors of FFmpeg as a VideoError."""
+        """Raise errors of FFmpeg as a BadFile."""
         try:
             yield
         except (av.FFmpegError, OSError) as error:
             raise self._damaged(error.strerror or str(error)) from None
 
-    def _damaged(self, reason: str, kind: str = "undecodable") -> VideoError:
-        return VideoError(
-            f"{self.path}: is not a valid video, damaged or truncated ({reason}); copy it again or "
-            "remove it from the list",
-            kind,
-        )
+    def _damaged(self, reason: str, kind: str = "undecodable") -> BadFile:
+        what = f"is not a valid video, damaged or truncated ({reason})"
+        return BadFile(f"{self.path}: {what}; copy it again or remove it from the list", kind)
 
 
-def with_timeout(
-    seconds: float, work: Callable[[], Result], path: Path, late: type[BadFile] = BadFile
-) -> Result:
+def with_timeout(seconds: float, work: Callable[[], Result], path: Path) -> Result:
     """Do ``work`` on a file in a thread that is abandoned after ``seconds`` (0: never).
 
     FFmpeg and Pillow release the GIL while they read and decode, so that a stalled disk or an
     endless loop in a decoder is noticed; it keeps its thread and memory. Not caught: a decoder that
-    crashes, which ends its process (``check_data`` finds it). Costs about 0.1 ms. Raises ``late``
+    crashes, which ends its process (``check_data`` finds it). Costs about 0.1 ms. Raises BadFile
     when the time is over, else what ``work`` raises.
     """
     if not seconds:
@@ -264,11 +239,8 @@ def with_timeout(
     thread.start()
     thread.join(seconds)
     if not outcome.done():
-        raise late(
-            f"{path}: not read after {seconds:g} s; copy it again, remove it from the list, or set "
-            "a longer --data.timeout",
-            "hanging",
-        )
+        fix = "copy it again, remove it from the list, or set a longer --data.timeout"
+        raise BadFile(f"{path}: not read after {seconds:g} s; {fix}", "hanging")
     return outcome.result()
 
 
@@ -277,10 +249,8 @@ def import_decord() -> Any:
     try:
         import decord  # here: it has no wheel for some machines
     except ImportError:
-        raise ValueError(
-            "--data.decoder decord: decord isn't installed (pip has none for some machines, such "
-            "as arm64): leave it at auto or pyav"
-        ) from None
+        what = "decord isn't installed (pip has none for arm64): use auto or pyav"
+        raise ValueError(f"--data.decoder decord: {what}") from None
     decord.logging.set_level(decord.logging.QUIET)
     return decord
 
@@ -290,14 +260,14 @@ def read_frames(
 ) -> np.ndarray:
     """Decode the frames ``choose(number of frames)`` of a video: uint8 (T, H, W, 3).
 
-    Raises VideoError for a file that can't be decoded, or not within ``timeout`` seconds (0: any).
+    Raises BadFile for a file that can't be decoded, or not within ``timeout`` seconds (0: any).
     """
 
     def work() -> np.ndarray:
         video = Video(path)
         return video.frames(choose(len(video)), decoder)
 
-    return with_timeout(timeout, work, path, VideoError)
+    return with_timeout(timeout, work, path)
 
 
 def _pixels(picture: av.VideoFrame, convert: VideoReformatter) -> np.ndarray:
@@ -314,15 +284,13 @@ def write_video(path: str | Path, frames: np.ndarray, *, fps: int = 8, crf: int 
     """
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
         raise ValueError(f"frames must be uint8 (T, H, W, 3), got {frames.dtype} {frames.shape}")
-    if frames.shape[1] % 2 or frames.shape[2] % 2:
-        raise ValueError(
-            f"H.264 needs even sides, got {frames.shape[1]}x{frames.shape[2]}: crop or resize first"
-        )
+    height, width = frames.shape[1:3]
+    if height % 2 or width % 2:
+        raise ValueError(f"H.264 needs even sides, got {height}x{width}: crop or resize first")
     convert = VideoReformatter()
     with replace_file(Path(path)) as part, av.open(str(part), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps))
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
+        stream = container.add_stream("libx264", rate=fps)
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         stream.thread_count = 1
         stream.options = {
             "crf": str(crf), "preset": "veryfast", "threads": "1",
@@ -345,10 +313,9 @@ def read_image(path: str | Path) -> np.ndarray:
     try:
         with Image.open(path) as picture:
             return np.array(ImageOps.exif_transpose(picture).convert("RGB"))[None]
-    except UNREADABLE as error:
+    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
         reason = getattr(error, "strerror", None) or "another kind of file, damaged or truncated"
         kind = "truncated" if "truncated" in str(error) else "undecodable"  # Pillow's word
         kind = "missing" if isinstance(error, FileNotFoundError) else kind
-        raise BadFile(
-            f"{path}: is not a readable picture ({reason}); copy it again or remove it", kind
-        ) from None
+        what = f"is not a readable picture ({reason})"
+        raise BadFile(f"{path}: {what}; copy it again or remove it", kind) from None
