@@ -9,9 +9,10 @@ needs scikit-learn and SSIM scikit-image: ``pip install -e '.[scores]'`` brings 
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +24,7 @@ from bevt_lib.base.files import data_folder
 from bevt_lib.cli import parse, run_command
 from bevt_lib.datasets import sources
 from bevt_lib.presets import lesson_image
-from bevt_lib.tokenizers.base import CHUNK, psnr, to_unit, usage
-from bevt_lib.tokenizers.baselines import cells_of, mean_colours, nearest_code, nearest_ids
-from bevt_lib.tokenizers.dalle import FACTOR
+from bevt_lib.tokenizers import base, baselines
 from bevt_lib.tokenizers.load import load_tokenizer
 from bevt_lib.tokenizers.perceptual import LABEL_FREE, SUPERVISED, PerceptualDistance
 
@@ -35,6 +34,7 @@ STRENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # scikit-learn's C, of wh
 FOLDS = 4
 NETWORKS = (SUPERVISED, LABEL_FREE)
 Networks = Mapping[str, PerceptualDistance]
+Labelled = tuple[Tensor, np.ndarray]  # stills or their ids, and the stills' labels
 NETWORK_SIDE = 96  # side at which the networks see pictures, pixels: the lesson models' crop
 
 
@@ -77,13 +77,11 @@ def ssim(pictures: Tensor, painted: Tensor) -> float:
 @torch.no_grad()
 def distance_under(network: PerceptualDistance, pictures: Tensor, painted: Tensor) -> float:
     """Average the perceptual distance of uint8 pictures (N, h, w, 3) to what they became."""
-    pairs = zip(*(to_unit(p).split(CHUNK) for p in (painted, pictures)), strict=True)
+    pairs = zip(*(base.to_unit(p).split(base.CHUNK) for p in (painted, pictures)), strict=True)
     return float(torch.cat([network(a, b) for a, b in pairs]).mean())
 
 
-def read_what(
-    train: tuple[Tensor, np.ndarray], test: tuple[Tensor, np.ndarray], vocab: int, *, where: bool
-) -> Readability:
+def read_what(train: Labelled, test: Labelled, vocab: int, *, where: bool) -> Readability:
     """Fit logistic regression to (ids, labels) of training stills; score it on test stills.
 
     Ids are int64 (N, h, w). Features: how often each id occurs, or with ``where`` which id is at
@@ -106,7 +104,7 @@ def read_what(
     return Readability(right, math.sqrt(right * (1 - right) / len(test[1])))
 
 
-def stills(split: str) -> tuple[Tensor, np.ndarray]:
+def stills(split: str) -> Labelled:
     """Give a split's embedded stills as tokenizer input, uint8 (N, 48, 48, 3), and their labels."""
     items = sources.pretraining_items(lesson_image(), "image", split)
     pictures = np.stack([items.sample(0, i)["tokenizer_input"][0] for i in range(len(items))])
@@ -118,7 +116,8 @@ def kmeans_codes(pictures: Tensor) -> Tensor:
     from sklearn.cluster import MiniBatchKMeans
 
     kmeans = MiniBatchKMeans(KMEANS_CODES, n_init=3, random_state=0, batch_size=4096)
-    return torch.from_numpy(kmeans.fit(cells_of(pictures[::3]).numpy()).cluster_centers_).float()
+    kmeans.fit(baselines.cells_of(pictures[::3]).numpy())
+    return torch.from_numpy(kmeans.cluster_centers_).float()
 
 
 def compare(files: Mapping[str, Path], networks: Networks) -> dict[str, Score]:
@@ -130,29 +129,30 @@ def compare(files: Mapping[str, Path], networks: Networks) -> dict[str, Score]:
     table: dict[str, Score] = {}
 
     def enter(name: str, painted: Tensor, seen: Tensor, ids: Tensor, vocab: int) -> None:
-        used, perplexity = usage(ids, vocab)
+        used, perplexity = base.usage(ids, vocab)
         pairs = (seen, train_what), (ids, test_what)
         what, what_where = (read_what(*pairs, vocab, where=where) for where in (False, True))
-        table[name] = replace(image_quality(test, painted, networks), usage=used,
-                              perplexity=perplexity, what=what, what_where=what_where)  # fmt: skip
+        of_ids = {"usage": used, "perplexity": perplexity, "what": what, "what_where": what_where}
+        table[name] = image_quality(test, painted, networks, **of_ids)
 
     for name, path in files.items():
         tokenizer = load_tokenizer(path).to(distributed.device())
-        if tokenizer.factor != FACTOR:
-            raise ValueError(f"{path} has {tokenizer.factor} px per id: here {FACTOR} are compared")
+        if tokenizer.factor != baselines.FACTOR:
+            raise ValueError(f"{path} has {tokenizer.factor} px per id: only 8 are compared")
         seen, ids = (tokenizer.encode(part.to(distributed.device())) for part in (train, test))
         enter(name, tokenizer.decode(ids).cpu(), seen.cpu(), ids.cpu(), tokenizer.vocab_size)
     codes = kmeans_codes(train)
-    seen, ids = nearest_ids(train, codes), nearest_ids(test, codes)
-    enter("k-means on cells", nearest_code(test, codes), seen, ids, KMEANS_CODES)
-    table["mean colours"] = image_quality(test, mean_colours(test), networks)
+    seen, ids = (baselines.nearest_ids(part, codes) for part in (train, test))
+    enter("k-means on cells", baselines.nearest_code(test, codes), seen, ids, KMEANS_CODES)
+    table["mean colours"] = image_quality(test, baselines.mean_colours(test), networks)
     return table
 
 
-def image_quality(pictures: Tensor, painted: Tensor, networks: Networks) -> Score:
+def image_quality(pictures: Tensor, painted: Tensor, networks: Networks, **of_ids: Any) -> Score:
     """Score what became of uint8 pictures (N, h, w, 3), whatever painted them."""
     distances = {n: distance_under(network, pictures, painted) for n, network in networks.items()}
-    return Score(psnr=psnr(pictures, painted), ssim=ssim(pictures, painted), perceptual=distances)
+    return Score(psnr=base.psnr(pictures, painted), ssim=ssim(pictures, painted),
+                 perceptual=distances, **of_ids)  # fmt: skip
 
 
 def write(table: Mapping[str, Score]) -> str:
@@ -165,7 +165,7 @@ def write(table: Mapping[str, Score]) -> str:
             ids = (f"{s.usage:.3f}", f"{s.perplexity:.1f}", str(s.what), str(s.what_where))
         seen = (f"{s.perceptual[network]:.3f}" for network in networks)
         lines.append((name, f"{s.psnr:.2f}", f"{s.ssim:.3f}", *seen, *ids))
-    wide = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    wide = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rows = ("  ".join(w.ljust(n) for w, n in zip(line, wide, strict=True)) for line in lines)
     return "\n".join(row.rstrip() for row in rows)
 

@@ -2,18 +2,16 @@
 
 import json
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 from bevt_lib.base.files import read_tensors
+from bevt_lib.tokenizers import dalle, peco
 from bevt_lib.tokenizers.base import FrozenTokenizer
-from bevt_lib.tokenizers.dalle import DalleTokenizer, architecture, build_dalle
 from bevt_lib.tokenizers.openai_files import CONVERTED, FILES, load_pickles
-from bevt_lib.tokenizers.peco import PecoTokenizer, build_peco
 
-# By the header entry that tells a file's kind: (its value, the tensors) to the tokenizer.
-KINDS: dict[str, Callable[..., FrozenTokenizer]] = {
-    DalleTokenizer.kind: build_dalle, PecoTokenizer.kind: build_peco}  # fmt: skip
+# By the header entry that tells a file's kind: (the architecture in it, the tensors) to the
+# tokenizer.
+KINDS = {"dalle": dalle.build_dalle, "peco": peco.build_peco}
 
 
 def load_tokenizer(path: str | Path) -> FrozenTokenizer:
@@ -45,8 +43,8 @@ def _load(path: Path) -> FrozenTokenizer:
     header, state = read_tensors(path)
     for kind, build in KINDS.items():
         if kind in header:
-            return build(header[kind], state)
+            return build(json.loads(header[kind]), state)
     if "blocks.input.w" in state:  # out of a released checkpoint, in the package's names
-        shape = json.dumps(architecture(state))
-        return build_dalle(shape, {f"encoder.{k}": v for k, v in state.items()})
+        full = {f"encoder.{k}": v for k, v in state.items()}
+        return dalle.build_dalle(dalle.architecture(state), full)
     raise ValueError(f"{path} holds no tokenizer: make one with python -m bevt_lib.train_tokenizer")

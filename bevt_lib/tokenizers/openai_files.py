@@ -8,23 +8,19 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from dall_e import Decoder, Encoder
-from dall_e.decoder import DecoderBlock
-from dall_e.encoder import EncoderBlock
-from dall_e.utils import Conv2d
+import dall_e
 from filelock import FileLock
 from torch import Tensor, nn
 
 from bevt_lib.base import distributed
 from bevt_lib.base.files import read_pickle, read_tensors, sha256, write_tensors
-from bevt_lib.tokenizers.dalle import DalleTokenizer, architecture, build_dalle
-from bevt_lib.weights.formats import State
+from bevt_lib.tokenizers.dalle import BLOCKS, DalleTokenizer, architecture, build_dalle
 
 URL = "https://cdn.openai.com/dall-e/"
-FILES = {"encoder.pkl": Encoder, "decoder.pkl": Decoder}
+FILES = {"encoder.pkl": dall_e.Encoder, "decoder.pkl": dall_e.Decoder}
 CONVERTED = "dalle.safetensors"  # what is made of both files, beside them
 # What OpenAI's pickles may name besides tensors and plain values. Never made from a file.
-CLASSES = (Encoder, EncoderBlock, Decoder, DecoderBlock, Conv2d,
+CLASSES = (*FILES.values(), *BLOCKS, dall_e.utils.Conv2d,
            nn.Sequential, nn.ReLU, nn.MaxPool2d, nn.Identity, nn.Upsample)  # fmt: skip
 
 
@@ -45,21 +41,21 @@ def load_pickles(encoder: Path, decoder: Path | None) -> DalleTokenizer:
         with FileLock(target.with_name(f".{target.name}.lock")):
             made = _made_from(sources, target)  # by another process, while this one waited
             if not made:
-                header, state = _convert(paths, sources)
-                made = build_dalle(header, state)
-                write_tensors(target, state, {DalleTokenizer.kind: header})
+                made = _convert(paths)
+                header = json.dumps(made.architecture | {"sources": sources})
+                write_tensors(target, made.state_dict(), {DalleTokenizer.kind: header})
     except OSError as error:
         if distributed.rank() == 0:
             print(f"can't write {target} ({error.strerror or error}): {' and '.join(sources)} "
                   "will be read anew on every start", file=sys.stderr)  # fmt: skip
-    return made or build_dalle(*_convert(paths, sources))
+    return made or _convert(paths)
 
 
-def _convert(paths: Mapping[str, Path], sources: Mapping[str, str]) -> tuple[str, State]:
-    """Read the pickles {"encoder": path, ...}: a file's header entry and its tensors."""
+def _convert(paths: Mapping[str, Path]) -> DalleTokenizer:
+    """Build the tokenizer of the pickles {"encoder": path, ...}."""
     parts = {part: read_part(path, f"{part}.pkl") for part, path in paths.items()}
-    header = json.dumps(architecture(parts["encoder"]) | {"sources": sources})
-    return header, {f"{part}.{k}": v for part, s in parts.items() for k, v in s.items()}
+    state = {f"{part}.{k}": v for part, s in parts.items() for k, v in s.items()}
+    return build_dalle(architecture(parts["encoder"]), state)
 
 
 def _made_from(sources: Mapping[str, str], target: Path) -> DalleTokenizer | None:
@@ -68,8 +64,8 @@ def _made_from(sources: Mapping[str, str], target: Path) -> DalleTokenizer | Non
         header, state = read_tensors(target)
     except (ValueError, OSError):
         return None
-    found = header.get(DalleTokenizer.kind, "{}")
-    return build_dalle(found, state) if json.loads(found).get("sources") == sources else None
+    found = json.loads(header.get(DalleTokenizer.kind, "{}"))
+    return build_dalle(found, state) if found.get("sources") == sources else None
 
 
 def read_part(path: Path, name: str) -> dict[str, Tensor]:
@@ -81,8 +77,7 @@ def read_part(path: Path, name: str) -> dict[str, Tensor]:
         start = file.read(200)
     again = f"fetch it again: wget -O {name} {URL}{name}"
     if start.startswith(b"\x80"):
-        raise ValueError(f"{path} is an old pickle, not a zip file as torch writes since 1.6, and "
-                         f"is not read; {again}")  # fmt: skip
+        raise ValueError(f"{path} is an old pickle, not a zip as torch writes since 1.6; {again}")
     if not start.startswith(b"PK"):
         line = start.decode(errors="replace").strip().split("\n")[0][:60]
         raise ValueError(f"{path} is not OpenAI's {name} but begins with {line!r}: a web page, or "

@@ -7,10 +7,9 @@ stride 16, 8,192 codes and moving averages are known of it; the layers, the plai
 L2-normalised) codes and their revival are ours.
 """
 
-import json
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -48,9 +47,8 @@ class Residual(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.body = nn.Sequential(
-            nn.ReLU(), nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 1)
-        )
+        wide, narrow = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 1)
+        self.body = nn.Sequential(nn.ReLU(), wide, nn.ReLU(), narrow)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.body(x)
@@ -61,19 +59,18 @@ def build(shape: PecoShape) -> tuple[nn.Module, nn.Module]:
 
     Raises ValueError for a factor that isn't a power of 2.
     """
-    hidden, blocks, code_dim, factor = shape.hidden, shape.blocks, shape.code_dim, shape.factor
-    levels = round(math.log2(factor))
-    if factor < 2 or 2**levels != factor:
-        raise ValueError(f"tokens.factor must be a power of 2, got {factor}")
-    widths = [hidden if level == 0 else 2 * hidden for level in range(levels)]
+    levels = shape.factor.bit_length() - 1  # each halves the picture
+    if levels < 1 or 2**levels != shape.factor:
+        raise ValueError(f"tokens.factor must be a power of 2, got {shape.factor}")
+    widths = [shape.hidden] + [2 * shape.hidden] * (levels - 1)
     down: list[nn.Module] = []
     for before, width in zip([3, *widths], widths, strict=False):
         down.append(nn.Conv2d(before, width, 4, stride=2, padding=1))
-        down += [Residual(width) for _ in range(blocks)]
-    down += [nn.ReLU(), nn.Conv2d(widths[-1], code_dim, 1)]
-    up: list[nn.Module] = [nn.Conv2d(code_dim, widths[-1], 3, padding=1)]
+        down += [Residual(width) for _ in range(shape.blocks)]
+    down += [nn.ReLU(), nn.Conv2d(widths[-1], shape.code_dim, 1)]
+    up: list[nn.Module] = [nn.Conv2d(shape.code_dim, widths[-1], 3, padding=1)]
     for width, after in zip(widths[::-1], [*widths[-2::-1], 3], strict=True):
-        up += [Residual(width) for _ in range(blocks)]
+        up += [Residual(width) for _ in range(shape.blocks)]
         up += [nn.ReLU(), nn.Conv2d(width, 4 * after, 3, padding=1), nn.PixelShuffle(2)]
     return nn.Sequential(*down), nn.Sequential(*up)
 
@@ -108,8 +105,7 @@ class PecoTokenizer(FrozenTokenizer):
 
     def decode_chunk(self, ids: Tensor) -> Tensor:
         x = self.codes[ids].permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
-        picture = (self.decoder(x).float().clamp(-1, 1) + 1) * 127.5
-        return picture.round().to(torch.uint8).permute(0, 2, 3, 1)
+        return (self.decoder(x).float().clamp(-1, 1) + 1) * 127.5
 
 
 class Peco(TrainableTokenizer):
@@ -211,9 +207,9 @@ class Peco(TrainableTokenizer):
         return PecoTokenizer(self.shape).to(self.codes.device).fill(state)
 
 
-def build_peco(header: str, state: State) -> PecoTokenizer:
-    """Build a tokenizer from a file's header entry and tensors.
+def build_peco(shape: dict[str, Any], state: State) -> PecoTokenizer:
+    """Build a tokenizer from a file's architecture and tensors.
 
     Raises ValueError where they don't fit each other.
     """
-    return PecoTokenizer(PecoShape(**json.loads(header))).fill(state)
+    return PecoTokenizer(PecoShape(**shape)).fill(state)
