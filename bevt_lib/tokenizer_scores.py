@@ -7,33 +7,26 @@ needs scikit-learn and SSIM scikit-image: ``pip install -e '.[scores]'`` brings 
 """
 
 import json
-import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from bevt_lib.base import distributed
-from bevt_lib.base.files import data_folder
-from bevt_lib.cli import parse, run_command
+from bevt_lib import cli, presets
+from bevt_lib.base import distributed, files
 from bevt_lib.datasets import sources
-from bevt_lib.presets import lesson_image
-from bevt_lib.tokenizers import base, baselines
-from bevt_lib.tokenizers.load import load_tokenizer
+from bevt_lib.tokenizers import base, baselines, load
 from bevt_lib.tokenizers.perceptual import LABEL_FREE, SUPERVISED, PerceptualDistance
 
 KMEANS_CODES = 256  # as many as the lesson tokenizers have
 SHIPPED = ("lesson_dvae", "lesson_peco")
 STRENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # scikit-learn's C, of which one is chosen
-FOLDS = 4
 NETWORKS = (SUPERVISED, LABEL_FREE)
-Networks = Mapping[str, PerceptualDistance]
+Networks = dict[str, PerceptualDistance]
 Labelled = tuple[Tensor, np.ndarray]  # stills or their ids, and the stills' labels
 NETWORK_SIDE = 96  # side at which the networks see pictures, pixels: the lesson models' crop
 
@@ -49,7 +42,7 @@ class Readability:
         return f"{self.accuracy:.3f} ± {self.error:.3f}"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Score:
     """One tokenizer on held-out pictures. None where there are no ids."""
 
@@ -85,7 +78,7 @@ def read_what(train: Labelled, test: Labelled, vocab: int, *, where: bool) -> Re
     """Fit logistic regression to (ids, labels) of training stills; score it on test stills.
 
     Ids are int64 (N, h, w). Features: how often each id occurs, or with ``where`` which id is at
-    each place. The regularisation is chosen by cross-validation on the training stills.
+    each place. The regularisation is chosen by 4-fold cross-validation on the training stills.
     """
     from scipy.sparse import csr_array
     from sklearn.linear_model import LogisticRegression
@@ -98,15 +91,15 @@ def read_what(train: Labelled, test: Labelled, vocab: int, *, where: bool) -> Re
         size = len(flat), vocab * (flat.shape[1] if where else 1)
         return csr_array((np.ones(flat.size), cells), shape=size)
 
-    reader = GridSearchCV(LogisticRegression(max_iter=2000), {"C": STRENGTHS}, cv=FOLDS)
+    reader = GridSearchCV(LogisticRegression(max_iter=2000), {"C": STRENGTHS}, cv=4)
     reader.fit(features(train[0]), train[1])
     right = float(reader.score(features(test[0]), test[1]))
-    return Readability(right, math.sqrt(right * (1 - right) / len(test[1])))
+    return Readability(right, float(np.sqrt(right * (1 - right) / len(test[1]))))
 
 
 def stills(split: str) -> Labelled:
     """Give a split's embedded stills as tokenizer input, uint8 (N, 48, 48, 3), and their labels."""
-    items = sources.pretraining_items(lesson_image(), "image", split)
+    items = sources.pretraining_items(presets.lesson_image(), "image", split)
     pictures = np.stack([items.sample(0, i)["tokenizer_input"][0] for i in range(len(items))])
     return torch.from_numpy(pictures), np.array([entry.label for entry in items.entries])
 
@@ -120,7 +113,7 @@ def kmeans_codes(pictures: Tensor) -> Tensor:
     return torch.from_numpy(kmeans.cluster_centers_).float()
 
 
-def compare(files: Mapping[str, Path], networks: Networks) -> dict[str, Score]:
+def compare(paths: dict[str, Path], networks: Networks) -> dict[str, Score]:
     """Score tokenizer files and the trivial painters on the embedded test stills: {name: Score}.
 
     Raises ValueError for a tokenizer whose cells aren't 8x8 pixels: its numbers wouldn't compare.
@@ -129,14 +122,13 @@ def compare(files: Mapping[str, Path], networks: Networks) -> dict[str, Score]:
     table: dict[str, Score] = {}
 
     def enter(name: str, painted: Tensor, seen: Tensor, ids: Tensor, vocab: int) -> None:
-        used, perplexity = base.usage(ids, vocab)
         pairs = (seen, train_what), (ids, test_what)
-        what, what_where = (read_what(*pairs, vocab, where=where) for where in (False, True))
-        of_ids = {"usage": used, "perplexity": perplexity, "what": what, "what_where": what_where}
-        table[name] = image_quality(test, painted, networks, **of_ids)
+        readable = (read_what(*pairs, vocab, where=where) for where in (False, True))
+        quality = image_quality(test, painted, networks)
+        table[name] = Score(*quality, *base.usage(ids, vocab), *readable)
 
-    for name, path in files.items():
-        tokenizer = load_tokenizer(path).to(distributed.device())
+    for name, path in paths.items():
+        tokenizer = load.load_tokenizer(path).to(distributed.device())
         if tokenizer.factor != baselines.FACTOR:
             raise ValueError(f"{path} has {tokenizer.factor} px per id: only 8 are compared")
         seen, ids = (tokenizer.encode(part.to(distributed.device())) for part in (train, test))
@@ -144,18 +136,19 @@ def compare(files: Mapping[str, Path], networks: Networks) -> dict[str, Score]:
     codes = kmeans_codes(train)
     seen, ids = (baselines.nearest_ids(part, codes) for part in (train, test))
     enter("k-means on cells", baselines.nearest_code(test, codes), seen, ids, KMEANS_CODES)
-    table["mean colours"] = image_quality(test, baselines.mean_colours(test), networks)
+    table["mean colours"] = Score(*image_quality(test, baselines.mean_colours(test), networks))
     return table
 
 
-def image_quality(pictures: Tensor, painted: Tensor, networks: Networks, **of_ids: Any) -> Score:
-    """Score what became of uint8 pictures (N, h, w, 3), whatever painted them."""
+def image_quality(
+    pictures: Tensor, painted: Tensor, networks: Networks
+) -> tuple[float, float, dict[str, float]]:
+    """Score what became of uint8 pictures (N, h, w, 3): PSNR, SSIM, distance by network."""
     distances = {n: distance_under(network, pictures, painted) for n, network in networks.items()}
-    return Score(psnr=base.psnr(pictures, painted), ssim=ssim(pictures, painted),
-                 perceptual=distances, **of_ids)  # fmt: skip
+    return base.psnr(pictures, painted), ssim(pictures, painted), distances
 
 
-def write(table: Mapping[str, Score]) -> str:
+def write(table: dict[str, Score]) -> str:
     """Write a table as text, one line per tokenizer."""
     networks = list(next(iter(table.values())).perceptual)
     lines = [("", "PSNR", "SSIM", *networks, "usage", "perplexity", "what", "what, where")]
@@ -180,21 +173,20 @@ class Options:
 
 def main(arguments: list[str]) -> None:
     """Read the command line, print the table."""
-    given = parse(Options, arguments, "python -m bevt_lib.tokenizer_scores", __doc__ or "")
+    given = cli.parse(Options, arguments, "python -m bevt_lib.tokenizer_scores", __doc__ or "")
     pairs = [word.partition("=") for word in given.files]
     if not all(path for _, _, path in pairs):
         raise ValueError("usage: python -m bevt_lib.tokenizer_scores [NAME=FILE ...] [--json FILE]")
     if not (find_spec("sklearn") and find_spec("skimage")):
         raise ValueError("scores need scikit-learn and scikit-image: pip install -e '.[scores]'")
-    shipped = {n: data_folder() / "weights" / f"{n}.safetensors" for n in SHIPPED}
+    shipped = {n: files.data_folder() / "weights" / f"{n}.safetensors" for n in SHIPPED}
     device = distributed.device()
     networks = {n: PerceptualDistance(n, side=NETWORK_SIDE).to(device) for n in NETWORKS}
     table = compare({n: Path(path) for n, _, path in pairs} or shipped, networks)
     print(write(table))
     if given.json:
-        rows = {name: asdict(score) for name, score in table.items()}
-        Path(given.json).write_text(json.dumps(rows, indent=1) + "\n")
+        Path(given.json).write_text(json.dumps(table, indent=1, default=asdict) + "\n")
 
 
 if __name__ == "__main__":
-    run_command(main)
+    cli.run_command(main)

@@ -7,35 +7,33 @@ RUN/strips/step_00000500.png   held-out pictures, below them what they become
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from bevt_lib import cli, presets
 from bevt_lib.base import distributed
 from bevt_lib.base.config import Optim, TrainPeco, TrainTokenizer, flatten, run_folder
 from bevt_lib.base.seeds import Purpose, Stream, seeded_globals, torch_generator
-from bevt_lib.base.trainable import Batch
-from bevt_lib.cli import choose, run_command, with_recipe
+from bevt_lib.base.trainable import Batch, collate
 from bevt_lib.datasets import items, lists, sources
 from bevt_lib.model.bevt import STRIDE
-from bevt_lib.presets import TRAIN_TOKENIZER
 from bevt_lib.scoring import cost
 from bevt_lib.tokenizers import base, dalle, dvae, peco, perceptual
-from bevt_lib.training import loop, optim
-from bevt_lib.training.task import Source, Task
+from bevt_lib.training import loop, optim, task
 
 HELD_OUT = 64  # held-out pictures that are scored while training
 SHOWN = 8  # of them in a strip
 
 Recipe = TrainTokenizer | TrainPeco
+Numbers = dict[str, float]  # by their names in the record
 
 
 def main(arguments: list[str]) -> None:
     """Read the command line, then plan or train."""
-    recipe = choose(TRAIN_TOKENIZER, arguments, "train_tokenizer")
+    recipe = cli.choose(presets.TRAIN_TOKENIZER, arguments, "train_tokenizer")
     if recipe.run.dry_run:
-        print(with_recipe(plan(recipe), recipe))
+        print(cli.with_recipe(plan(recipe), recipe))
         return
     with distributed.world():
         model, history = train(recipe)
@@ -74,42 +72,32 @@ def pictures_of(recipe: Recipe, entries: list[lists.Entry], origin: str = "") ->
 def stack(pictures: items.Pictures, every: int = 1) -> Tensor:
     """Read every so many of the pictures: uint8 (N, v, v, 3)."""
     samples = [pictures.sample(0, i) for i in range(0, len(pictures), every)]
-    return torch.from_numpy(np.stack([sample["tokenizer_input"] for sample in samples]))
-
-
-def build_dvae(recipe: TrainTokenizer) -> dvae.DVAE:
-    """Build DALL-E's dVAE. A length of 0 in the recipe's schedule is four fifths of the steps."""
-    side, most = input_size(recipe) // recipe.tokens.factor, 0.8 * recipe.optim.steps
-    schedule = {
-        "temperature": (*recipe.temperature, recipe.temperature_steps or most),
-        "kl_weight": (*recipe.kl_weight, recipe.kl_steps or most),
-        "balance_weight": (recipe.balance_weight, recipe.balance_weight, 0),
-    }
-    parts = dalle.build(recipe.hidden, recipe.blocks, recipe.tokens.vocab_size)
-    return dvae.DVAE(*parts, (side, side), schedule, recipe.quick_start)
-
-
-def build_peco(recipe: TrainPeco, networks: bool) -> peco.Peco:
-    """Build PeCo's VQ-VAE, with ``networks`` also the perceptual one on this process's device."""
-    r, tokens = recipe, recipe.tokens
-    shape = peco.PecoShape(r.hidden, r.blocks, r.code_dim, tokens.factor, tokens.vocab_size)
-    model = peco.Peco(shape, perceptual_weight=r.perceptual_weight)
-    model.notes = {"perceptual": f"{r.perceptual}, weight {r.perceptual_weight}"}
-    if networks and r.perceptual != "none":
-        network = r.perceptual, r.perceptual_weights, r.perceptual_levels, r.perceptual_side
-        model.perceptual = perceptual.PerceptualDistance(*network).to(distributed.device())
-    return model
+    return collate(samples)["tokenizer_input"]
 
 
 def build_model(recipe: Recipe, networks: bool = False) -> base.TrainableTokenizer:
     """Build the recipe's tokenizer in training, with weights drawn from the run's seed.
 
-    ``networks``: load the frozen networks of its loss as well.
+    ``networks``: load PeCo's perceptual network as well, on this process's device. A length of 0
+    in a dVAE's schedule is four fifths of the steps.
     """
-    with seeded_globals(recipe.run.seed, Purpose.WEIGHTS):
-        if isinstance(recipe, TrainPeco):
-            return build_peco(recipe, networks)
-        return build_dvae(recipe)
+    r, tokens = recipe, recipe.tokens
+    with seeded_globals(r.run.seed, Purpose.WEIGHTS):
+        if isinstance(r, TrainPeco):
+            shape = peco.PecoShape(r.hidden, r.blocks, r.code_dim, tokens.factor, tokens.vocab_size)
+            model = peco.Peco(shape, weight=r.perceptual_weight)
+            if networks and r.perceptual != "none":
+                network = r.perceptual, r.perceptual_weights, r.perceptual_levels, r.perceptual_side
+                model.perceptual = perceptual.PerceptualDistance(*network).to(distributed.device())
+            return model
+        side, most = input_size(r) // tokens.factor, 0.8 * r.optim.steps
+        schedule = {
+            "temperature": (*r.temperature, r.temperature_steps or most),
+            "kl_weight": (*r.kl_weight, r.kl_steps or most),
+            "balance_weight": (r.balance_weight, r.balance_weight, 0),
+        }
+        parts = dalle.build(r.hidden, r.blocks, tokens.vocab_size)
+        return dvae.DVAE(*parts, (side, side), schedule, r.quick_start)
 
 
 def prepare_batch(model: base.TrainableTokenizer, rate: Optim, batch: Batch, step: int) -> Batch:
@@ -119,9 +107,7 @@ def prepare_batch(model: base.TrainableTokenizer, rate: Optim, batch: Batch, ste
     return {"picture": {"pixels": pixels, "position": part["position"], "schedule": schedule}}
 
 
-def score_and_draw(
-    tokenizer: base.FrozenTokenizer, pictures: Tensor, strip: Path
-) -> dict[str, float]:
+def score_and_draw(tokenizer: base.FrozenTokenizer, pictures: Tensor, strip: Path) -> Numbers:
     """Score a tokenizer on held-out pictures, uint8 (N, v, v, 3), and write a strip of some."""
     ids = tokenizer.encode(pictures)
     painted = tokenizer.decode(ids)
@@ -134,7 +120,7 @@ def score_and_draw(
     return {"psnr": base.psnr(pictures, painted), "usage": used, "perplexity": perplexity}
 
 
-def train(recipe: Recipe) -> tuple[base.TrainableTokenizer, list[dict[str, float]]]:
+def train(recipe: Recipe) -> tuple[base.TrainableTokenizer, list[Numbers]]:
     """Run a tokenizer recipe; return the model and the record, one dict per step."""
     loop.set_up(recipe.run)
     sources.check_sources(recipe)
@@ -152,8 +138,8 @@ def train(recipe: Recipe) -> tuple[base.TrainableTokenizer, list[dict[str, float
         model.start_codebook(base.to_unit(sample), torch_generator(seed, Purpose.WEIGHTS))
     # Training, with a look at the held-out pictures now and then.
     watched = stack(pictures_of(recipe, held)).to(distributed.device())
-    task = Task(
-        model=model, sources={"picture": Source(order, recipe.optim.images)},
+    job = task.Task(
+        model=model, sources={"picture": task.Source(order, recipe.optim.images)},
         steps=optim.total_steps(recipe.optim, len(order)), validate_every=recipe.watch_every,
         prepare=lambda batch, step: prepare_batch(model, recipe.optim, batch, step),
         after_step=lambda step: model.update_codes(torch_generator(seed, Purpose.WEIGHTS, 1, step)),
@@ -161,7 +147,7 @@ def train(recipe: Recipe) -> tuple[base.TrainableTokenizer, list[dict[str, float
         validate=lambda done: score_and_draw(
             model.tokenizer(), watched, folder / "strips" / f"step_{done:08d}.png"),
     )  # fmt: skip
-    return model, loop.fit(task, recipe.optim, replace(recipe.run, folder=str(folder)))
+    return model, loop.fit(job, recipe.optim, replace(recipe.run, folder=str(folder)))
 
 
 def plan(recipe: Recipe) -> str:
@@ -175,6 +161,8 @@ def plan(recipe: Recipe) -> str:
     work += cost.count(model.decoder, cost.empty(1, model.decoder_channels, grid, grid)).total
     processes = recipe.run.processes or distributed.world_size()
     split = loop.split_batch({"picture": recipe.optim.images}, processes, recipe.run.micro_batch)
+    if isinstance(recipe, TrainPeco):
+        data = {"perceptual": f"{recipe.perceptual}, weight {recipe.perceptual_weight}", **data}
     expected = recipe.data.expected_items
     epoch = f" ({expected:,} pictures)" if expected else ""
     return cost.write({
@@ -185,9 +173,9 @@ def plan(recipe: Recipe) -> str:
         "cut into": str(split),
         "steps": f"{optim.total_steps(recipe.optim, expected):,}{epoch}",
         "one picture": f"multiply-adds forward: {cost.amount(work)}",
-        **model.notes, **data,
+        **data,
     })  # fmt: skip
 
 
 if __name__ == "__main__":
-    run_command(main)
+    cli.run_command(main)

@@ -2,7 +2,6 @@
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from bevt_lib.base import files
 from bevt_lib.base.trainable import Batch, Part
 from bevt_lib.model import masking, normalisation
-from bevt_lib.weights import formats, load
+from bevt_lib.weights import load
 
 CHUNK = 64  # pictures per forward pass, to bound memory
 START_PICTURES = 1024  # pictures that a codebook starts from, at most
@@ -93,7 +92,7 @@ class FrozenTokenizer(nn.Module, ABC):
         state = {k: v.to(dtype) for k, v in self.state_dict().items()}
         files.write_tensors(path, state, {self.kind: json.dumps(self.architecture)})
 
-    def fill(self, state: formats.State) -> Self:
+    def fill(self, state: dict[str, Tensor]) -> Self:
         """Load tensors of any float type; returns self. Raises ValueError where they don't fit."""
         load.load_strict(self, state, f"{self.kind} tokenizer of {self.architecture}")
         return self
@@ -106,7 +105,6 @@ class TrainableTokenizer(nn.Module, ABC):
     """
 
     start_pictures = START_PICTURES  # wanted by :meth:`start_codebook`; 0: it is not to be called
-    notes: Mapping[str, str] = {}  # lines for a run's plan that are about this kind alone
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, decoder_channels: int):
         super().__init__()

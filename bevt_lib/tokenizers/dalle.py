@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from bevt_lib.tokenizers.base import FrozenTokenizer, to_unit
-from bevt_lib.weights.formats import State
 
 FACTOR = 8  # pixels per id, both ways: three poolings of 2
 BLOCKS = (dall_e.encoder.EncoderBlock, dall_e.decoder.DecoderBlock)
@@ -83,7 +82,7 @@ def expected_pixels(mean: Tensor, log_spread: Tensor, points: int = 9) -> Tensor
     return torch.stack([torch.sigmoid(mean + spread * q) for q in quantiles]).mean(0)
 
 
-def architecture(encoder: State) -> dict[str, int]:
+def architecture(encoder: dict[str, Tensor]) -> dict[str, int]:
     """Read the arguments of :func:`build` off an encoder's tensors, in the package's names.
 
     Raises ValueError where they are another network's.
@@ -96,7 +95,7 @@ def architecture(encoder: State) -> dict[str, int]:
     return {"hidden": hidden, "blocks": blocks, "vocab_size": vocab_size}
 
 
-def build_dalle(shape: dict[str, Any], state: State) -> DalleTokenizer:
+def build_dalle(shape: dict[str, Any], state: dict[str, Tensor]) -> DalleTokenizer:
     """Build a tokenizer from a file's architecture and tensors; the decoder may be left out.
 
     Raises ValueError where they don't fit each other.

@@ -13,15 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from bevt_lib.base.trainable import Batch, Noise, Term
-from bevt_lib.tokenizers import baselines, dalle
-from bevt_lib.tokenizers.base import START_PICTURES, TrainableTokenizer
+from bevt_lib.tokenizers import base, baselines, dalle
 
 SUBPIXELS_PER_CELL = dalle.FACTOR**2 * 3
 PAINT_SCALE = 100.0  # brings squared errors of pixels in 0..1 to the size of the other losses
 Schedule = dict[str, tuple[float, float, float]]  # {setting: (start, end, steps in between)}
 
 
-class DVAE(TrainableTokenizer):
+class DVAE(base.TrainableTokenizer):
     """The tokenizer in training: relaxed ids instead of hard ones, so that gradients pass.
 
     ``grid`` is the (height, width) of the id grid that training pictures give; it sets how much
@@ -47,7 +46,7 @@ class DVAE(TrainableTokenizer):
         for block in self.modules():
             if quick_start and isinstance(block, dalle.BLOCKS):
                 block.res_path.conv_4.w.data.div_(block.post_gain)
-        self.start_pictures = START_PICTURES if quick_start else 0
+        self.start_pictures = base.START_PICTURES if quick_start else 0
         self.vocab_size, self.schedule = encoder.vocab_size, schedule
         self.noise_sizes = {"picture": self.vocab_size * grid[0] * grid[1]}
 

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from bevt_lib.base import distributed
 from bevt_lib.base.trainable import Batch, Noise, Term
 from bevt_lib.tokenizers.base import CHUNK, FrozenTokenizer, TrainableTokenizer, to_unit
-from bevt_lib.weights.formats import State
 
 DECAY = 0.99  # of the codes' moving averages, per step; VQ-VAE, appendix A.1
 COMMITMENT = 0.25  # weight; VQ-VAE, section 3.2
@@ -112,8 +111,8 @@ class Peco(TrainableTokenizer):
     """The tokenizer in training.
 
     ``perceptual(painted, pixels)`` gives each picture's distance under a frozen network, both
-    float (B, 3, h, w) in 0..1; None: no such term. It is not a module of the model, so that its
-    weights are in no checkpoint.
+    float (B, 3, h, w) in 0..1, and counts by ``weight``; None: no such term. It is not a module of
+    the model, so that its weights are in no checkpoint.
 
     Codes follow the *global* batch: ``forward`` only gathers, and :meth:`update_codes` acts once
     after the step, so that neither accumulation nor the number of processes matters.
@@ -122,11 +121,9 @@ class Peco(TrainableTokenizer):
     codes: Tensor
     uses: Tensor
 
-    def __init__(
-        self, shape: PecoShape, perceptual: Perceptual | None = None, perceptual_weight: float = 1.0
-    ):
+    def __init__(self, shape: PecoShape, perceptual: Perceptual | None = None, weight: float = 1.0):
         super().__init__(*build(shape), shape.code_dim)
-        self.shape, self.perceptual, self.perceptual_weight = shape, perceptual, perceptual_weight
+        self.shape, self.perceptual, self.weight = shape, perceptual, weight
         self.register_buffer("codes", torch.zeros(shape.vocab_size, shape.code_dim))
         self.register_buffer("uses", torch.zeros(shape.vocab_size))  # cells a step, moving average
         self._seen: list[tuple[Tensor, Tensor]] = []  # features and ids of this step so far
@@ -170,7 +167,7 @@ class Peco(TrainableTokenizer):
         logs = {"mse": errors.detach().sum(), "commitment": commitment.detach().sum()}
         if self.perceptual:
             distance = self.perceptual(painted, pixels)
-            loss = loss + self.perceptual_weight * distance
+            loss = loss + self.weight * distance
             logs["perceptual"] = distance.detach().sum()
         return {"picture": Term(loss.sum(), len(pixels), logs)}
 
@@ -207,7 +204,7 @@ class Peco(TrainableTokenizer):
         return PecoTokenizer(self.shape).to(self.codes.device).fill(state)
 
 
-def build_peco(shape: dict[str, Any], state: State) -> PecoTokenizer:
+def build_peco(shape: dict[str, Any], state: dict[str, Tensor]) -> PecoTokenizer:
     """Build a tokenizer from a file's architecture and tensors.
 
     Raises ValueError where they don't fit each other.

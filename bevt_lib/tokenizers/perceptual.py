@@ -56,8 +56,7 @@ class PerceptualDistance:
     def features(self, pictures: Tensor) -> list[Tensor]:
         """Give unit-length features of pictures, float (B, 3, h, w) in 0..1, level by level."""
         if self.side and pictures.shape[-1] != self.side:
-            size = (self.side, self.side)
-            pictures = nn.functional.interpolate(pictures, size=size, mode="bilinear")
+            pictures = nn.functional.interpolate(pictures, size=self.side, mode="bilinear")
         config = self.network.default_cfg
         mean, std = (pictures.new_tensor(config[k])[:, None, None] for k in ("mean", "std"))
         x = ((pictures - mean) / std).contiguous(memory_format=torch.channels_last)
