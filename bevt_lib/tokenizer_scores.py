@@ -26,9 +26,7 @@ KMEANS_CODES = 256  # as many as the lesson tokenizers have
 SHIPPED = ("lesson_dvae", "lesson_peco")
 STRENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # scikit-learn's C, of which one is chosen
 NETWORKS = (SUPERVISED, LABEL_FREE)
-Networks = dict[str, PerceptualDistance]
 Labelled = tuple[Tensor, np.ndarray]  # stills or their ids, and the stills' labels
-NETWORK_SIDE = 96  # side at which the networks see pictures, pixels: the lesson models' crop
 
 
 @dataclass(frozen=True)
@@ -113,54 +111,51 @@ def kmeans_codes(pictures: Tensor) -> Tensor:
     return torch.from_numpy(kmeans.cluster_centers_).float()
 
 
-def compare(paths: dict[str, Path], networks: Networks) -> dict[str, Score]:
+def compare(paths: dict[str, Path], networks: dict[str, PerceptualDistance]) -> dict[str, Score]:
     """Score tokenizer files and the trivial painters on the embedded test stills: {name: Score}.
 
     Raises ValueError for a tokenizer whose cells aren't 8x8 pixels: its numbers wouldn't compare.
     """
     (train, train_what), (test, test_what) = stills("train"), stills("test")
-    table: dict[str, Score] = {}
+    table, device = {}, distributed.device()
 
-    def enter(name: str, painted: Tensor, seen: Tensor, ids: Tensor, vocab: int) -> None:
+    def enter(name: str, painted: Tensor, of_ids: tuple = ()) -> None:
+        pair = test.to(device), painted.to(device)
+        far = {n: distance_under(network, *pair) for n, network in networks.items()}
+        table[name] = Score(base.psnr(*pair), ssim(*pair), far, *of_ids)
+
+    def score_ids(seen: Tensor, ids: Tensor, vocab: int) -> tuple:
         pairs = (seen, train_what), (ids, test_what)
         readable = (read_what(*pairs, vocab, where=where) for where in (False, True))
-        quality = image_quality(test, painted, networks)
-        table[name] = Score(*quality, *base.usage(ids, vocab), *readable)
+        return *base.usage(ids, vocab), *readable
 
     for name, path in paths.items():
-        tokenizer = load.load_tokenizer(path).to(distributed.device())
+        tokenizer = load.load_tokenizer(path).to(device)
         if tokenizer.factor != baselines.FACTOR:
             raise ValueError(f"{path} has {tokenizer.factor} px per id: only 8 are compared")
-        seen, ids = (tokenizer.encode(part.to(distributed.device())) for part in (train, test))
-        enter(name, tokenizer.decode(ids).cpu(), seen.cpu(), ids.cpu(), tokenizer.vocab_size)
+        seen, ids = (tokenizer.encode(part.to(device)) for part in (train, test))
+        enter(name, tokenizer.decode(ids), score_ids(seen, ids.cpu(), tokenizer.vocab_size))
     codes = kmeans_codes(train)
     seen, ids = (baselines.nearest_ids(part, codes) for part in (train, test))
-    enter("k-means on cells", baselines.nearest_code(test, codes), seen, ids, KMEANS_CODES)
-    table["mean colours"] = Score(*image_quality(test, baselines.mean_colours(test), networks))
+    painted = baselines.nearest_code(test, codes)
+    enter("k-means on cells", painted, score_ids(seen, ids, KMEANS_CODES))
+    enter("mean colours", baselines.mean_colours(test))
     return table
-
-
-def image_quality(
-    pictures: Tensor, painted: Tensor, networks: Networks
-) -> tuple[float, float, dict[str, float]]:
-    """Score what became of uint8 pictures (N, h, w, 3): PSNR, SSIM, distance by network."""
-    distances = {n: distance_under(network, pictures, painted) for n, network in networks.items()}
-    return base.psnr(pictures, painted), ssim(pictures, painted), distances
 
 
 def write(table: dict[str, Score]) -> str:
     """Write a table as text, one line per tokenizer."""
-    networks = list(next(iter(table.values())).perceptual)
+    networks = next(iter(table.values())).perceptual
     lines = [("", "PSNR", "SSIM", *networks, "usage", "perplexity", "what", "what, where")]
     for name, s in table.items():
         ids = ("-",) * 4
         if s.usage is not None:
             ids = (f"{s.usage:.3f}", f"{s.perplexity:.1f}", str(s.what), str(s.what_where))
-        seen = (f"{s.perceptual[network]:.3f}" for network in networks)
-        lines.append((name, f"{s.psnr:.2f}", f"{s.ssim:.3f}", *seen, *ids))
-    wide = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rows = ("  ".join(w.ljust(n) for w, n in zip(line, wide, strict=True)) for line in lines)
-    return "\n".join(row.rstrip() for row in rows)
+        far = (f"{distance:.3f}" for distance in s.perceptual.values())
+        lines.append((name, f"{s.psnr:.2f}", f"{s.ssim:.3f}", *far, *ids))
+    columns = zip(*lines, strict=True)
+    padded = ([text.ljust(max(map(len, column))) for text in column] for column in columns)
+    return "\n".join("  ".join(row).rstrip() for row in zip(*padded, strict=True))
 
 
 @dataclass
@@ -180,8 +175,7 @@ def main(arguments: list[str]) -> None:
     if not (find_spec("sklearn") and find_spec("skimage")):
         raise ValueError("scores need scikit-learn and scikit-image: pip install -e '.[scores]'")
     shipped = {n: files.data_folder() / "weights" / f"{n}.safetensors" for n in SHIPPED}
-    device = distributed.device()
-    networks = {n: PerceptualDistance(n, side=NETWORK_SIDE).to(device) for n in NETWORKS}
+    networks = {n: PerceptualDistance(n, side=96) for n in NETWORKS}  # the lesson models' crop
     table = compare({n: Path(path) for n, _, path in pairs} or shipped, networks)
     print(write(table))
     if given.json:

@@ -78,8 +78,8 @@ def stack(pictures: items.Pictures, every: int = 1) -> Tensor:
 def build_model(recipe: Recipe, networks: bool = False) -> base.TrainableTokenizer:
     """Build the recipe's tokenizer in training, with weights drawn from the run's seed.
 
-    ``networks``: load PeCo's perceptual network as well, on this process's device. A length of 0
-    in a dVAE's schedule is four fifths of the steps.
+    ``networks``: load PeCo's perceptual network as well. A length of 0 in a dVAE's schedule is four
+    fifths of the steps.
     """
     r, tokens = recipe, recipe.tokens
     with seeded_globals(r.run.seed, Purpose.WEIGHTS):
@@ -88,7 +88,7 @@ def build_model(recipe: Recipe, networks: bool = False) -> base.TrainableTokeniz
             model = peco.Peco(shape, weight=r.perceptual_weight)
             if networks and r.perceptual != "none":
                 network = r.perceptual, r.perceptual_weights, r.perceptual_levels, r.perceptual_side
-                model.perceptual = perceptual.PerceptualDistance(*network).to(distributed.device())
+                model.perceptual = perceptual.PerceptualDistance(*network)
             return model
         side, most = input_size(r) // tokens.factor, 0.8 * r.optim.steps
         schedule = {

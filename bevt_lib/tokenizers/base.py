@@ -77,8 +77,7 @@ class FrozenTokenizer(nn.Module, ABC):
         Raises ValueError without a decoder.
         """
         if self.decoder is None:
-            raise ValueError("a tokenizer without its decoder can't paint: load the folder that "
-                             "holds encoder.pkl and decoder.pkl")  # fmt: skip
+            raise ValueError("can't paint without its decoder: load a folder with decoder.pkl too")
         painted = (self.decode_chunk(part).round().to(torch.uint8) for part in ids.split(CHUNK))
         return torch.cat([part.permute(0, 2, 3, 1) for part in painted])
 

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from bevt_lib.base import distributed, files
 from bevt_lib.tokenizers import base, dalle, peco
 
-# By the header entry that tells a file's kind: (the architecture in it, the tensors) to the
-# tokenizer.
+# By the entry of a file's header that tells its kind: (architecture, tensors) to the tokenizer.
 KINDS = {"dalle": dalle.build_dalle, "peco": peco.build_peco}
 URL = "https://cdn.openai.com/dall-e/"
 FILES = {"encoder.pkl": dall_e.Encoder, "decoder.pkl": dall_e.Decoder}
@@ -66,21 +65,19 @@ def _load(path: Path) -> base.FrozenTokenizer:
 
 
 def load_pickles(paths: dict[str, Path]) -> dalle.DalleTokenizer:
-    """Load OpenAI's pickles, given by their names; they become a safetensors file beside them.
+    """Load OpenAI's pickles {"encoder.pkl": path, ...}; turn them into a safetensors file, once.
 
-    It is made anew where it is damaged or the SHA-256 of a pickle isn't the one in its header.
-    Where it can't be written, the pickles are read on every start, and stderr says so. Raises
-    ValueError in one line for other files than OpenAI's.
+    It lies beside them, and is made anew where it is damaged or the SHA-256 of a pickle isn't the
+    one in its header. Where it can't be written, the pickles are read on every start, and stderr
+    says so. Raises ValueError in one line for other files than OpenAI's.
     """
     sources, encoder = {p.name: files.sha256(p) for p in paths.values()}, paths["encoder.pkl"]
     target = encoder.with_name(CONVERTED if len(paths) == 2 else f"{encoder.name}.safetensors")
-    made = _made_from(sources, target)
-    if made:
+    if made := _made_from(sources, target):
         return made
     try:
         with FileLock(target.with_name(f".{target.name}.lock")):
-            made = _made_from(sources, target)  # by another process, while this one waited
-            if not made:
+            if not (made := _made_from(sources, target)):  # by another process, meanwhile
                 made = _convert(paths)
                 header = json.dumps(made.architecture | {"sources": sources})
                 files.write_tensors(target, made.state_dict(), {"dalle": header})

@@ -37,8 +37,8 @@ class PerceptualDistance:
     over places, then over levels: 0 (alike) to 4. PeCo's paper also says "normalised".
 
     ``side``: pictures are resized to it (bilinear) for the network; 0: seen as they are.
-    ``levels``: timm's ``out_indices``; empty: the model's own. Not a module: its weights are no
-    part of the model that trains by it.
+    ``levels``: timm's ``out_indices``; empty: the model's own. The network follows the pictures to
+    their device. Not a module: its weights are no part of the model that trains by it.
     """
 
     def __init__(self, name: str, weights: str = "", levels: tuple[int, ...] = (), side: int = 0):
@@ -48,19 +48,14 @@ class PerceptualDistance:
                 layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.side = side
 
-    def to(self, device: torch.device) -> "PerceptualDistance":
-        """Move the network; returns self."""
-        self.network.to(device)
-        return self
-
     def features(self, pictures: Tensor) -> list[Tensor]:
         """Give unit-length features of pictures, float (B, 3, h, w) in 0..1, level by level."""
         if self.side and pictures.shape[-1] != self.side:
             pictures = nn.functional.interpolate(pictures, size=self.side, mode="bilinear")
-        config = self.network.default_cfg
+        network, config = self.network.to(pictures.device), self.network.default_cfg
         mean, std = (pictures.new_tensor(config[k])[:, None, None] for k in ("mean", "std"))
         x = ((pictures - mean) / std).contiguous(memory_format=torch.channels_last)
-        return [nn.functional.normalize(level.float(), dim=1) for level in self.network(x)]
+        return [nn.functional.normalize(level.float(), dim=1) for level in network(x)]
 
     def __call__(self, painted: Tensor, pictures: Tensor) -> Tensor:
         """Measure each picture's distance: (B,), with gradient to ``painted``."""
