@@ -137,8 +137,7 @@ def compare(paths: dict[str, Path], networks: dict[str, PerceptualDistance]) -> 
         enter(name, tokenizer.decode(ids), score_ids(seen, ids.cpu(), tokenizer.vocab_size))
     codes = kmeans_codes(train)
     seen, ids = (baselines.nearest_ids(part, codes) for part in (train, test))
-    painted = baselines.nearest_code(test, codes)
-    enter("k-means on cells", painted, score_ids(seen, ids, KMEANS_CODES))
+    enter("k-means on cells", baselines.nearest_code(test, codes), score_ids(seen, ids, len(codes)))
     enter("mean colours", baselines.mean_colours(test))
     return table
 
@@ -153,8 +152,7 @@ def write(table: dict[str, Score]) -> str:
             ids = (f"{s.usage:.3f}", f"{s.perplexity:.1f}", str(s.what), str(s.what_where))
         far = (f"{distance:.3f}" for distance in s.perceptual.values())
         lines.append((name, f"{s.psnr:.2f}", f"{s.ssim:.3f}", *far, *ids))
-    columns = zip(*lines, strict=True)
-    padded = ([text.ljust(max(map(len, column))) for text in column] for column in columns)
+    padded = ([text.ljust(max(map(len, c))) for text in c] for c in zip(*lines, strict=True))
     return "\n".join("  ".join(row).rstrip() for row in zip(*padded, strict=True))
 
 

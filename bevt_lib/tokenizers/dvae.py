@@ -17,18 +17,18 @@ from bevt_lib.tokenizers import base, baselines, dalle
 
 SUBPIXELS_PER_CELL = dalle.FACTOR**2 * 3
 PAINT_SCALE = 100.0  # brings squared errors of pixels in 0..1 to the size of the other losses
-Schedule = dict[str, tuple[float, float, float]]  # {setting: (start, end, steps in between)}
 
 
 class DVAE(base.TrainableTokenizer):
     """The tokenizer in training: relaxed ids instead of hard ones, so that gradients pass.
 
     ``grid`` is the (height, width) of the id grid that training pictures give; it sets how much
-    noise a picture needs. ``schedule`` anneals "temperature", "kl_weight" and "balance_weight".
-    The last weighs the divergence of the *average* distribution over the batch's cells from the
-    uniform one, the part of the KL that keeps all ids in use, apart from the part that blurs each
-    cell. Our aid for short runs: without it a tenth of the ids were used. The average is taken per
-    micro-batch, so here alone the number of processes changes the objective a little.
+    noise a picture needs. ``schedule`` anneals "temperature", "kl_weight" and "balance_weight",
+    each (start, end, steps in between). The last weighs the divergence of the *average*
+    distribution over the batch's cells from the uniform one, the part of the KL that keeps all ids
+    in use, apart from the part that blurs each cell. Our aid for short runs: without it a tenth of
+    the ids were used. The average is taken per micro-batch, so here alone the number of processes
+    changes the objective a little.
 
     ``quick_start`` is ours, for short runs on few layers: ids start at k-means centres, see
     :meth:`start_codebook`, and residual branches, which paint all detail inside a cell, at full
@@ -40,7 +40,7 @@ class DVAE(base.TrainableTokenizer):
 
     def __init__(
         self, encoder: dall_e.Encoder, decoder: dall_e.Decoder, grid: tuple[int, int],
-        schedule: Schedule, quick_start: bool = True,
+        schedule: dict[str, tuple[float, float, float]], quick_start: bool = True,
     ):  # fmt: skip
         super().__init__(encoder, decoder, encoder.vocab_size)
         for block in self.modules():

@@ -8,7 +8,6 @@ package.
 import json
 import sys
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import dall_e
@@ -124,14 +123,14 @@ def read_part(path: Path, name: str) -> dict[str, Tensor]:
         found = type(module).__name__
         raise ValueError(f"{path} holds a {found}, not DALL-E's {kind.__name__}; {again}")
     try:
-        return dict(_parameters(module))
+        return _parameters(module)
     except (AttributeError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{path} holds a broken {kind.__name__}; {again}") from None
 
 
-def _parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """List (name, tensor) without calling the module: old pickles lack attributes."""
-    for name, value in vars(module)["_parameters"].items():
-        yield prefix + name, value.detach()
+def _parameters(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """Give {name: tensor} without calling the module: old pickles lack attributes."""
+    found = {prefix + name: value.detach() for name, value in vars(module)["_parameters"].items()}
     for name, child in vars(module)["_modules"].items():
-        yield from _parameters(child, f"{prefix}{name}.")
+        found |= _parameters(child, f"{prefix}{name}.")
+    return found

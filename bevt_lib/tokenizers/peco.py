@@ -15,8 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from bevt_lib.base import distributed
-from bevt_lib.base.trainable import Batch, Noise, Term
+from bevt_lib.base import distributed, trainable
 from bevt_lib.tokenizers.base import CHUNK, FrozenTokenizer, TrainableTokenizer, to_unit
 
 DECAY = 0.99  # of the codes' moving averages, per step; VQ-VAE, appendix A.1
@@ -147,7 +146,7 @@ class Peco(TrainableTokenizer):
         maps = self.encoder(to_signed(pixels)).float()
         return maps, rearrange(maps, "b d h w -> (b h w) d")
 
-    def forward(self, batch: Batch, noise: Noise) -> dict[str, Term]:
+    def forward(self, batch: trainable.Batch, noise: trainable.Noise) -> dict[str, trainable.Term]:
         """Give the loss for {"picture": {"pixels"}}, float (B, 3, h, w) in 0..1; no noise.
 
         Squared error of pixels in -1..1, plus the perceptual distance, plus the commitment of the
@@ -169,7 +168,7 @@ class Peco(TrainableTokenizer):
             distance = self.perceptual(painted, pixels)
             loss = loss + self.weight * distance
             logs["perceptual"] = distance.detach().sum()
-        return {"picture": Term(loss.sum(), len(pixels), logs)}
+        return {"picture": trainable.Term(loss.sum(), len(pixels), logs)}
 
     @torch.no_grad()
     def update_codes(self, generator: torch.Generator) -> dict[str, float]:

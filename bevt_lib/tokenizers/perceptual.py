@@ -52,8 +52,8 @@ class PerceptualDistance:
         """Give unit-length features of pictures, float (B, 3, h, w) in 0..1, level by level."""
         if self.side and pictures.shape[-1] != self.side:
             pictures = nn.functional.interpolate(pictures, size=self.side, mode="bilinear")
-        network, config = self.network.to(pictures.device), self.network.default_cfg
-        mean, std = (pictures.new_tensor(config[k])[:, None, None] for k in ("mean", "std"))
+        network, own = self.network.to(pictures.device), self.network.default_cfg
+        mean, std = (pictures.new_tensor(own[k])[:, None, None] for k in ("mean", "std"))
         x = ((pictures - mean) / std).contiguous(memory_format=torch.channels_last)
         return [nn.functional.normalize(level.float(), dim=1) for level in network(x)]
 
