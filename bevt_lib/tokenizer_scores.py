@@ -7,9 +7,7 @@ needs scikit-learn and SSIM scikit-image: ``pip install -e '.[scores]'`` brings 
 """
 
 import json
-import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,24 +16,17 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from bevt_lib.base import distributed
-from bevt_lib.base.files import data_folder
-from bevt_lib.cli import parse, run_command
+from bevt_lib import cli, presets
+from bevt_lib.base import distributed, files
 from bevt_lib.datasets import sources
-from bevt_lib.presets import lesson_image
-from bevt_lib.tokenizers.base import CHUNK, psnr, to_unit, usage
-from bevt_lib.tokenizers.baselines import cells_of, mean_colours, nearest_code, nearest_ids
-from bevt_lib.tokenizers.dalle import FACTOR
-from bevt_lib.tokenizers.load import load_tokenizer
+from bevt_lib.tokenizers import base, baselines, load
 from bevt_lib.tokenizers.perceptual import LABEL_FREE, SUPERVISED, PerceptualDistance
 
 KMEANS_CODES = 256  # as many as the lesson tokenizers have
 SHIPPED = ("lesson_dvae", "lesson_peco")
 STRENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # scikit-learn's C, of which one is chosen
-FOLDS = 4
 NETWORKS = (SUPERVISED, LABEL_FREE)
-Networks = Mapping[str, PerceptualDistance]
-NETWORK_SIDE = 96  # side at which the networks see pictures, pixels: the lesson models' crop
+Labelled = tuple[Tensor, np.ndarray]  # stills or their ids, and the stills' labels
 
 
 @dataclass(frozen=True)
@@ -49,7 +40,7 @@ class Readability:
         return f"{self.accuracy:.3f} ± {self.error:.3f}"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Score:
     """One tokenizer on held-out pictures. None where there are no ids."""
 
@@ -77,17 +68,15 @@ def ssim(pictures: Tensor, painted: Tensor) -> float:
 @torch.no_grad()
 def distance_under(network: PerceptualDistance, pictures: Tensor, painted: Tensor) -> float:
     """Average the perceptual distance of uint8 pictures (N, h, w, 3) to what they became."""
-    pairs = zip(*(to_unit(p).split(CHUNK) for p in (painted, pictures)), strict=True)
+    pairs = zip(*(base.to_unit(p).split(base.CHUNK) for p in (painted, pictures)), strict=True)
     return float(torch.cat([network(a, b) for a, b in pairs]).mean())
 
 
-def read_what(
-    train: tuple[Tensor, np.ndarray], test: tuple[Tensor, np.ndarray], vocab: int, *, where: bool
-) -> Readability:
+def read_what(train: Labelled, test: Labelled, vocab: int, *, where: bool) -> Readability:
     """Fit logistic regression to (ids, labels) of training stills; score it on test stills.
 
     Ids are int64 (N, h, w). Features: how often each id occurs, or with ``where`` which id is at
-    each place. The regularisation is chosen by cross-validation on the training stills.
+    each place. The regularisation is chosen by 4-fold cross-validation on the training stills.
     """
     from scipy.sparse import csr_array
     from sklearn.linear_model import LogisticRegression
@@ -100,15 +89,15 @@ def read_what(
         size = len(flat), vocab * (flat.shape[1] if where else 1)
         return csr_array((np.ones(flat.size), cells), shape=size)
 
-    reader = GridSearchCV(LogisticRegression(max_iter=2000), {"C": STRENGTHS}, cv=FOLDS)
+    reader = GridSearchCV(LogisticRegression(max_iter=2000), {"C": STRENGTHS}, cv=4)
     reader.fit(features(train[0]), train[1])
     right = float(reader.score(features(test[0]), test[1]))
-    return Readability(right, math.sqrt(right * (1 - right) / len(test[1])))
+    return Readability(right, float(np.sqrt(right * (1 - right) / len(test[1]))))
 
 
-def stills(split: str) -> tuple[Tensor, np.ndarray]:
+def stills(split: str) -> Labelled:
     """Give a split's embedded stills as tokenizer input, uint8 (N, 48, 48, 3), and their labels."""
-    items = sources.pretraining_items(lesson_image(), "image", split)
+    items = sources.pretraining_items(presets.lesson_image(), "image", split)
     pictures = np.stack([items.sample(0, i)["tokenizer_input"][0] for i in range(len(items))])
     return torch.from_numpy(pictures), np.array([entry.label for entry in items.entries])
 
@@ -118,56 +107,53 @@ def kmeans_codes(pictures: Tensor) -> Tensor:
     from sklearn.cluster import MiniBatchKMeans
 
     kmeans = MiniBatchKMeans(KMEANS_CODES, n_init=3, random_state=0, batch_size=4096)
-    return torch.from_numpy(kmeans.fit(cells_of(pictures[::3]).numpy()).cluster_centers_).float()
+    kmeans.fit(baselines.cells_of(pictures[::3]).numpy())
+    return torch.from_numpy(kmeans.cluster_centers_).float()
 
 
-def compare(files: Mapping[str, Path], networks: Networks) -> dict[str, Score]:
+def compare(paths: dict[str, Path], networks: dict[str, PerceptualDistance]) -> dict[str, Score]:
     """Score tokenizer files and the trivial painters on the embedded test stills: {name: Score}.
 
     Raises ValueError for a tokenizer whose cells aren't 8x8 pixels: its numbers wouldn't compare.
     """
     (train, train_what), (test, test_what) = stills("train"), stills("test")
-    table: dict[str, Score] = {}
+    table, device = {}, distributed.device()
 
-    def enter(name: str, painted: Tensor, seen: Tensor, ids: Tensor, vocab: int) -> None:
-        used, perplexity = usage(ids, vocab)
+    def enter(name: str, painted: Tensor, of_ids: tuple = ()) -> None:
+        pair = test.to(device), painted.to(device)
+        far = {n: distance_under(network, *pair) for n, network in networks.items()}
+        table[name] = Score(base.psnr(*pair), ssim(*pair), far, *of_ids)
+
+    def score_ids(seen: Tensor, ids: Tensor, vocab: int) -> tuple:
         pairs = (seen, train_what), (ids, test_what)
-        what, what_where = (read_what(*pairs, vocab, where=where) for where in (False, True))
-        table[name] = replace(image_quality(test, painted, networks), usage=used,
-                              perplexity=perplexity, what=what, what_where=what_where)  # fmt: skip
+        readable = (read_what(*pairs, vocab, where=where) for where in (False, True))
+        return *base.usage(ids, vocab), *readable
 
-    for name, path in files.items():
-        tokenizer = load_tokenizer(path).to(distributed.device())
-        if tokenizer.factor != FACTOR:
-            raise ValueError(f"{path} has {tokenizer.factor} px per id: here {FACTOR} are compared")
-        seen, ids = (tokenizer.encode(part.to(distributed.device())) for part in (train, test))
-        enter(name, tokenizer.decode(ids).cpu(), seen.cpu(), ids.cpu(), tokenizer.vocab_size)
+    for name, path in paths.items():
+        tokenizer = load.load_tokenizer(path).to(device)
+        if tokenizer.factor != baselines.FACTOR:
+            raise ValueError(f"{path} has {tokenizer.factor} px per id: only 8 are compared")
+        seen, ids = (tokenizer.encode(part.to(device)) for part in (train, test))
+        enter(name, tokenizer.decode(ids), score_ids(seen, ids.cpu(), tokenizer.vocab_size))
     codes = kmeans_codes(train)
-    seen, ids = nearest_ids(train, codes), nearest_ids(test, codes)
-    enter("k-means on cells", nearest_code(test, codes), seen, ids, KMEANS_CODES)
-    table["mean colours"] = image_quality(test, mean_colours(test), networks)
+    seen, ids = (baselines.nearest_ids(part, codes) for part in (train, test))
+    enter("k-means on cells", baselines.nearest_code(test, codes), score_ids(seen, ids, len(codes)))
+    enter("mean colours", baselines.mean_colours(test))
     return table
 
 
-def image_quality(pictures: Tensor, painted: Tensor, networks: Networks) -> Score:
-    """Score what became of uint8 pictures (N, h, w, 3), whatever painted them."""
-    distances = {n: distance_under(network, pictures, painted) for n, network in networks.items()}
-    return Score(psnr=psnr(pictures, painted), ssim=ssim(pictures, painted), perceptual=distances)
-
-
-def write(table: Mapping[str, Score]) -> str:
+def write(table: dict[str, Score]) -> str:
     """Write a table as text, one line per tokenizer."""
-    networks = list(next(iter(table.values())).perceptual)
+    networks = next(iter(table.values())).perceptual
     lines = [("", "PSNR", "SSIM", *networks, "usage", "perplexity", "what", "what, where")]
     for name, s in table.items():
         ids = ("-",) * 4
         if s.usage is not None:
             ids = (f"{s.usage:.3f}", f"{s.perplexity:.1f}", str(s.what), str(s.what_where))
-        seen = (f"{s.perceptual[network]:.3f}" for network in networks)
-        lines.append((name, f"{s.psnr:.2f}", f"{s.ssim:.3f}", *seen, *ids))
-    wide = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    rows = ("  ".join(w.ljust(n) for w, n in zip(line, wide, strict=True)) for line in lines)
-    return "\n".join(row.rstrip() for row in rows)
+        far = (f"{distance:.3f}" for distance in s.perceptual.values())
+        lines.append((name, f"{s.psnr:.2f}", f"{s.ssim:.3f}", *far, *ids))
+    padded = ([text.ljust(max(map(len, c))) for text in c] for c in zip(*lines, strict=True))
+    return "\n".join("  ".join(row).rstrip() for row in zip(*padded, strict=True))
 
 
 @dataclass
@@ -180,21 +166,19 @@ class Options:
 
 def main(arguments: list[str]) -> None:
     """Read the command line, print the table."""
-    given = parse(Options, arguments, "python -m bevt_lib.tokenizer_scores", __doc__ or "")
+    given = cli.parse(Options, arguments, "python -m bevt_lib.tokenizer_scores", __doc__ or "")
     pairs = [word.partition("=") for word in given.files]
     if not all(path for _, _, path in pairs):
         raise ValueError("usage: python -m bevt_lib.tokenizer_scores [NAME=FILE ...] [--json FILE]")
     if not (find_spec("sklearn") and find_spec("skimage")):
         raise ValueError("scores need scikit-learn and scikit-image: pip install -e '.[scores]'")
-    shipped = {n: data_folder() / "weights" / f"{n}.safetensors" for n in SHIPPED}
-    device = distributed.device()
-    networks = {n: PerceptualDistance(n, side=NETWORK_SIDE).to(device) for n in NETWORKS}
+    shipped = {n: files.data_folder() / "weights" / f"{n}.safetensors" for n in SHIPPED}
+    networks = {n: PerceptualDistance(n, side=96) for n in NETWORKS}  # the lesson models' crop
     table = compare({n: Path(path) for n, _, path in pairs} or shipped, networks)
     print(write(table))
     if given.json:
-        rows = {name: asdict(score) for name, score in table.items()}
-        Path(given.json).write_text(json.dumps(rows, indent=1) + "\n")
+        Path(given.json).write_text(json.dumps(table, indent=1, default=asdict) + "\n")
 
 
 if __name__ == "__main__":
-    run_command(main)
+    cli.run_command(main)

@@ -19,7 +19,7 @@ from bevt_lib import pretrain
 from bevt_lib.cli import run_command
 from bevt_lib.convert_weights import TOKENIZER_FILE, convert
 from bevt_lib.model.bevt import BEVT
-from bevt_lib.tokenizers import dalle, openai_files
+from bevt_lib.tokenizers import dalle, load
 from bevt_lib.tokenizers.load import load_tokenizer
 from bevt_lib.weights.formats import export
 
@@ -69,7 +69,7 @@ def parts():
 
 @pytest.fixture
 def folder(parts, tmp_path):
-    for module, name in zip(parts, openai_files.FILES, strict=True):
+    for module, name in zip(parts, load.FILES, strict=True):
         torch.save(module, tmp_path / name)
     return tmp_path
 
@@ -91,7 +91,7 @@ def test_pickled_modules_load_old_ones_as_well(parts, folder, pictures, kept, re
     with torch.no_grad():
         one_hot = torch.nn.functional.one_hot(expected, 32).permute(0, 3, 1, 2).float()
         mean, spread = parts[1](one_hot).chunk(2, 1)
-    for module, name in zip(parts, openai_files.FILES, strict=True):
+    for module, name in zip(parts, load.FILES, strict=True):
         module.requires_grad_(requires_grad)
         torch.save(module if kept is None else age(module, kept), folder / name)
     for _ in range(2):  # from the pickles, then from what was made of them
@@ -102,32 +102,32 @@ def test_pickled_modules_load_old_ones_as_well(parts, folder, pictures, kept, re
         own = dall_e.unmap_pixels(dalle.expected_pixels(mean, spread))
         assert (painted - own).abs().max() <= 0.5 / 255 + 1e-5
         assert not any(p.requires_grad for p in tokenizer.parameters())
-    assert header(folder / openai_files.CONVERTED)["sources"] == sums(folder)
+    assert header(folder / load.CONVERTED)["sources"] == sums(folder)
 
 
 def test_pickles_are_converted_once_and_anew_when_they_change(folder, pictures, monkeypatch):
     first = load_tokenizer(folder).encode(pictures)
     reads = []
-    read = openai_files.read_pickle
+    read = load.files.read_pickle
     monkeypatch.setattr(
-        openai_files, "read_pickle", lambda path, c: reads.append(path) or read(path, c)
+        load.files, "read_pickle", lambda path, c: reads.append(path) or read(path, c)
     )
     assert torch.equal(load_tokenizer(folder).encode(pictures), first) and not reads
     other = make(dall_e.Encoder, seed=5)
     torch.save(other, folder / "encoder.pkl")
     assert torch.equal(load_tokenizer(folder).encode(pictures), ids_of(other, pictures))
-    assert len(reads) == 2 and header(folder / openai_files.CONVERTED)["sources"] == sums(folder)
+    assert len(reads) == 2 and header(folder / load.CONVERTED)["sources"] == sums(folder)
     assert not torch.equal(ids_of(other, pictures), first)
-    for name in openai_files.FILES:  # what was made of them is enough, by its folder or its name
+    for name in load.FILES:  # what was made of them is enough, by its folder or its name
         (folder / name).unlink()
-    for path in (folder, folder / openai_files.CONVERTED):
+    for path in (folder, folder / load.CONVERTED):
         assert torch.equal(load_tokenizer(path).encode(pictures), ids_of(other, pictures))
-    assert {p.name for p in folder.iterdir() if p.suffix != ".lock"} == {openai_files.CONVERTED}
+    assert {p.name for p in folder.iterdir() if p.suffix != ".lock"} == {load.CONVERTED}
 
 
 def test_damage_to_the_converted_file_is_seen(folder, pictures):
     expected = load_tokenizer(folder).encode(pictures)
-    path = folder / openai_files.CONVERTED
+    path = folder / load.CONVERTED
     whole = path.read_bytes()
     for damaged in (whole[:-1] + bytes([whole[-1] ^ 1]), whole[: len(whole) // 2], b""):
         path.write_bytes(damaged)
@@ -274,14 +274,14 @@ def test_the_door_as_a_process_says_no_more(folder):
 
 CONVERT_SLOWLY = """
 import sys, time
-from bevt_lib.tokenizers import openai_files
+from bevt_lib.tokenizers import load
 from bevt_lib.tokenizers.load import load_tokenizer
-read = openai_files.read_pickle
+read = load.files.read_pickle
 def slowly(path, classes):
     print("read", path.name, flush=True)
     time.sleep(1)
     return read(path, classes)
-openai_files.read_pickle = slowly
+load.files.read_pickle = slowly
 print("ready", flush=True)
 sys.stdin.readline()
 print(len(load_tokenizer(sys.argv[1]).state_dict()))
@@ -320,7 +320,7 @@ def not_as_root():
 def test_a_folder_that_cannot_be_written_is_read_anew_and_says_so(parts, pictures, capsys):
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for module, file in zip(parts, openai_files.FILES, strict=True):
+        for module, file in zip(parts, load.FILES, strict=True):
             torch.save(module, folder / file)
         folder.chmod(0o555)
         with not_as_root():
@@ -329,7 +329,7 @@ def test_a_folder_that_cannot_be_written_is_read_anew_and_says_so(parts, picture
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert "can't write" in line and "read anew on every start" in line and name in line
         folder.chmod(0o755)
-        assert sorted(p.name for p in folder.iterdir()) == sorted(openai_files.FILES)
+        assert sorted(p.name for p in folder.iterdir()) == sorted(load.FILES)
         load_tokenizer(folder)  # somebody who may writes it, for all
         folder.chmod(0o555)
         with not_as_root():

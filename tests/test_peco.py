@@ -12,7 +12,7 @@ import pytest
 import tiny_peco
 import torch
 
-from bevt_lib import parts, train_tokenizer
+from bevt_lib import cli, parts, train_tokenizer
 from bevt_lib.base.files import data_folder
 from bevt_lib.presets import TRAIN_TOKENIZER, lesson_dvae, lesson_peco, paper_dvae
 from bevt_lib.tokenizers import perceptual
@@ -188,7 +188,7 @@ def test_the_gradient_passes_the_choice_of_a_code(pictures):
 def test_the_perceptual_term_has_its_weight(pictures):
     batch = batch_of(pictures)
     plain = model()(batch, {})["picture"]
-    term = model(perceptual=tiny_peco.alike, perceptual_weight=0.7)(batch, {})["picture"]
+    term = model(perceptual=tiny_peco.alike, weight=0.7)(batch, {})["picture"]
     assert term.loss.item() == pytest.approx(
         plain.loss.item() + 0.7 * term.logs["perceptual"].item(), rel=1e-5
     )
@@ -397,7 +397,7 @@ def test_a_folder_of_ones_own_is_trained_on_but_for_what_is_held_out(tmp_path):
             picture = np.random.default_rng(i).integers(0, 256, (110, 120, 3), dtype=np.uint8)
             cv2.imwrite(str(tmp_path / "own" / kind / f"{i}.png"), picture)
     own = ["--data.image-root", str(tmp_path / "own")]
-    recipe = train_tokenizer.choose(TRAIN_TOKENIZER, ["lesson_peco", *own], "train_tokenizer")
+    recipe = cli.choose(TRAIN_TOKENIZER, ["lesson_peco", *own], "train_tokenizer")
     train, held, _ = train_tokenizer.split_entries(recipe)
     assert len(train) + len(held) == 200 and not set(train) & set(held) and 64 <= len(held) <= 100
     _, history = quick(tmp_path, "lesson_peco", "--perceptual", "none", "--optim.images", "4",
@@ -442,7 +442,7 @@ def test_dalles_schedules_are_the_published_ones():
 
 def test_dalles_own_start_is_the_packages():
     """With ``quick_start`` off: branches as small as DALL-E's, ids random."""
-    recipe = train_tokenizer.choose(
+    recipe = cli.choose(
         TRAIN_TOKENIZER, ["lesson_dvae", "--quick-start", "false"], "train_tokenizer"
     )
     plain, quick_one = (train_tokenizer.build_model(r) for r in (recipe, lesson_dvae()))

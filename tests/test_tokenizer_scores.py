@@ -78,7 +78,7 @@ def test_the_table_holds_what_it_says(tmp_path, monkeypatch, capsys):
     )
     monkeypatch.setattr(tokenizer_scores, "NETWORKS", (LABEL_FREE,))
     monkeypatch.setattr(tokenizer_scores, "STRENGTHS", (0.03,))
-    path = tokenizer_scores.data_folder() / "weights" / "lesson_dvae.safetensors"
+    path = tokenizer_scores.files.data_folder() / "weights" / "lesson_dvae.safetensors"
     target = tmp_path / "table.json"
     tokenizer_scores.main([f"mine={path}", "--json", str(target)])
     table = json.loads(target.read_text())

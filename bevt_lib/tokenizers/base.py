@@ -2,20 +2,16 @@
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from bevt_lib.base import files
 from bevt_lib.base.trainable import Batch, Part
-from bevt_lib.model.masking import mask_in_time
-from bevt_lib.model.normalisation import normalise
-from bevt_lib.weights.formats import State
-from bevt_lib.weights.load import load_strict
+from bevt_lib.model import masking, normalisation
+from bevt_lib.weights import load
 
 CHUNK = 64  # pictures per forward pass, to bound memory
 START_PICTURES = 1024  # pictures that a codebook starts from, at most
@@ -36,7 +32,7 @@ class FrozenTokenizer(nn.Module, ABC):
     kind: str
     factor: int
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module | None, architecture: dict[str, int]):
+    def __init__(self, encoder: nn.Module, decoder: nn.Module | None, architecture: dict[str, Any]):
         super().__init__()
         self.encoder, self.decoder, self.architecture = encoder, decoder, architecture
         self.vocab_size = architecture["vocab_size"]
@@ -53,7 +49,7 @@ class FrozenTokenizer(nn.Module, ABC):
 
     @abstractmethod
     def decode_chunk(self, ids: Tensor) -> Tensor:
-        """Paint a few grids of ids; shapes as in :meth:`decode`."""
+        """Paint a few grids of ids: float (N, 3, h * factor, w * factor), 0 to 255."""
 
     def encode(self, pictures: Tensor) -> Tensor:
         """Give each cell its token id.
@@ -65,10 +61,13 @@ class FrozenTokenizer(nn.Module, ABC):
         if pictures.dtype != torch.uint8 or len(shape) != 4 or shape[3] != 3:
             raise ValueError(f"pictures must be uint8 (N, h, w, 3), got {pictures.dtype} {shape}")
         if shape[1] % factor or shape[2] % factor:
-            raise ValueError(f"pictures of {shape[1]}x{shape[2]}: sides must be multiples of "
-                             f"{factor} px")  # fmt: skip
-        with exact_inference():
-            ids = torch.cat([self.encode_chunk(part) for part in pictures.split(CHUNK)])
+            raise ValueError(f"pictures' sides {shape[1:3]} must be multiples of {factor} px")
+        allowed, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+        try:  # float32 without TF32, whose 10 bits of mantissa change ids
+            with torch.inference_mode():
+                ids = torch.cat([self.encode_chunk(part) for part in pictures.split(CHUNK)])
+        finally:
+            torch.backends.cudnn.allow_tf32 = allowed
         return ids.clone()  # outside of inference mode: a loss may keep them for its backward
 
     @torch.no_grad()
@@ -78,9 +77,9 @@ class FrozenTokenizer(nn.Module, ABC):
         Raises ValueError without a decoder.
         """
         if self.decoder is None:
-            raise ValueError("this tokenizer came without its decoder, so it can't paint: load the "
-                             "folder that holds encoder.pkl and decoder.pkl")  # fmt: skip
-        return torch.cat([self.decode_chunk(part) for part in ids.split(CHUNK)])
+            raise ValueError("can't paint without its decoder: load a folder with decoder.pkl too")
+        painted = (self.decode_chunk(part).round().to(torch.uint8) for part in ids.split(CHUNK))
+        return torch.cat([part.permute(0, 2, 3, 1) for part in painted])
 
     def digest(self) -> str:
         """Sum up what ids depend on: a run isn't to be resumed with another tokenizer."""
@@ -92,9 +91,9 @@ class FrozenTokenizer(nn.Module, ABC):
         state = {k: v.to(dtype) for k, v in self.state_dict().items()}
         files.write_tensors(path, state, {self.kind: json.dumps(self.architecture)})
 
-    def fill(self, state: State) -> Self:
+    def fill(self, state: dict[str, Tensor]) -> Self:
         """Load tensors of any float type; returns self. Raises ValueError where they don't fit."""
-        load_strict(self, state, f"{self.kind} tokenizer of {self.architecture}")
+        load.load_strict(self, state, f"{self.kind} tokenizer of {self.architecture}")
         return self
 
 
@@ -105,7 +104,6 @@ class TrainableTokenizer(nn.Module, ABC):
     """
 
     start_pictures = START_PICTURES  # wanted by :meth:`start_codebook`; 0: it is not to be called
-    notes: Mapping[str, str] = {}  # lines for a run's plan that are about this kind alone
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, decoder_channels: int):
         super().__init__()
@@ -149,7 +147,9 @@ def add_tokens(
     wanted = {}
     for stream, part in batch.items():
         hidden = part["mask"].flatten(2).any(dim=2) | (not hidden_only)  # (B, D)
-        wanted[stream] = mask_in_time(hidden, part["tokenizer_input"].shape[1] // hidden.shape[1])
+        wanted[stream] = masking.mask_in_time(
+            hidden, part["tokenizer_input"].shape[1] // hidden.shape[1]
+        )
     frames = torch.cat([part["tokenizer_input"][wanted[stream]] for stream, part in batch.items()])
     with torch.autocast("cuda", torch.float16, enabled=fp16 and frames.is_cuda):
         found = tokenizer.encode(frames).split([int(w.sum()) for w in wanted.values()])
@@ -157,20 +157,8 @@ def add_tokens(
     for (stream, part), ids in zip(batch.items(), found, strict=True):
         grid = ids.new_full((*wanted[stream].shape, *ids.shape[1:]), -1)
         grid[wanted[stream]] = ids
-        result[stream] = {**part, "pixels": normalise(part["pixels"]), "ids": grid}
+        result[stream] = {**part, "pixels": normalisation.normalise(part["pixels"]), "ids": grid}
     return result
-
-
-@contextmanager
-def exact_inference() -> Iterator[None]:
-    """Compute in inference mode, and float32 without TF32, whose 10 bits of mantissa change ids."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
 
 
 def to_unit(pictures: Tensor) -> Tensor:

@@ -35,8 +35,7 @@ def mean_colours(pictures: Tensor) -> Tensor:
 
 
 def _join(cells: Tensor, shape: torch.Size) -> Tensor:
-    grid = rearrange(
-        cells, "(n h w) (y x c) -> n (h y) (w x) c",
-        n=shape[0], h=shape[1] // FACTOR, y=FACTOR, x=FACTOR, c=3,
-    )  # fmt: skip
-    return grid.round().clamp(0, 255).to(torch.uint8)
+    """Put cells (cells, 192) together again, as uint8 pictures of this shape."""
+    sizes = {"n": shape[0], "h": shape[1] // FACTOR, "y": FACTOR, "x": FACTOR}
+    pixels = cells.round().clamp(0, 255).to(torch.uint8)
+    return rearrange(pixels, "(n h w) (y x c) -> n (h y) (w x) c", **sizes)

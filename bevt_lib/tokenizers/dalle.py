@@ -4,21 +4,20 @@ Built from the DALL-E package's own encoder and decoder: full size for the paper
 and with fewer token ids for the lesson. Source: Ramesh et al. 2021 (DALL-E), BEVT section 3.1.
 """
 
-import json
+from typing import Any
 
 import attr
+import dall_e
 import torch
-from dall_e import Decoder, Encoder, map_pixels, unmap_pixels
-from dall_e.utils import Conv2d
 from torch import Tensor, nn
 
 from bevt_lib.tokenizers.base import FrozenTokenizer, to_unit
-from bevt_lib.weights.formats import State
 
 FACTOR = 8  # pixels per id, both ways: three poolings of 2
+BLOCKS = (dall_e.encoder.EncoderBlock, dall_e.decoder.DecoderBlock)
 
 
-def build(hidden: int, blocks: int, vocab_size: int) -> tuple[Encoder, Decoder]:
+def build(hidden: int, blocks: int, vocab_size: int) -> tuple[dall_e.Encoder, dall_e.Decoder]:
     """Build DALL-E's encoder and decoder, trainable, random weights.
 
     ``hidden`` is their n_hid, ``blocks`` their n_blk_per_group; DALL-E's own are 256, 2 and 8192
@@ -27,7 +26,8 @@ def build(hidden: int, blocks: int, vocab_size: int) -> tuple[Encoder, Decoder]:
     """
     shared = {"n_hid": hidden, "n_blk_per_group": blocks, "vocab_size": vocab_size}
     with attr.validators.disabled():
-        encoder, decoder = Encoder(**shared), Decoder(n_init=max(8, hidden // 2), **shared)
+        encoder = dall_e.Encoder(**shared)
+        decoder = dall_e.Decoder(n_init=max(8, hidden // 2), **shared)
     return encoder.requires_grad_(), decoder.requires_grad_()
 
 
@@ -38,10 +38,10 @@ class DalleTokenizer(FrozenTokenizer):
     """
 
     kind, factor = "dalle", FACTOR
-    encoder: Encoder
-    decoder: Decoder
+    encoder: dall_e.Encoder
+    decoder: dall_e.Decoder
 
-    def __init__(self, encoder: Encoder, decoder: Decoder | None = None):
+    def __init__(self, encoder: dall_e.Encoder, decoder: dall_e.Decoder | None = None):
         super().__init__(encoder, decoder, architecture(encoder.state_dict()))
 
     def encode_chunk(self, pictures: Tensor) -> Tensor:
@@ -52,13 +52,13 @@ class DalleTokenizer(FrozenTokenizer):
 
         Pixels are scaled to 0..1 and then mapped to 0.1..0.9.
         """
-        x = map_pixels(to_unit(pictures).contiguous(memory_format=torch.channels_last))
+        x = dall_e.map_pixels(to_unit(pictures).contiguous(memory_format=torch.channels_last))
         output = self.encoder.blocks[-1]
         # On CUDA the package's convolutions but the last run in float16 unless told otherwise.
         half = pictures.is_cuda and torch.is_autocast_enabled("cuda")
         half = half and torch.get_autocast_dtype("cuda") == torch.float16
         for layer in self.encoder.modules():
-            if isinstance(layer, Conv2d):
+            if isinstance(layer, dall_e.utils.Conv2d):
                 layer.use_float16 = half and layer is not output.conv
         x = self.encoder.blocks[:-1](x)
         with torch.autocast("cuda" if pictures.is_cuda else "cpu", enabled=False):
@@ -67,8 +67,7 @@ class DalleTokenizer(FrozenTokenizer):
     def decode_chunk(self, ids: Tensor) -> Tensor:
         one_hot = nn.functional.one_hot(ids, self.vocab_size).permute(0, 3, 1, 2).float()
         mean, log_spread = self.decoder(one_hot).float().chunk(2, dim=1)
-        picture = unmap_pixels(expected_pixels(mean, log_spread)) * 255
-        return picture.round().to(torch.uint8).permute(0, 2, 3, 1)
+        return dall_e.unmap_pixels(expected_pixels(mean, log_spread)) * 255
 
 
 def expected_pixels(mean: Tensor, log_spread: Tensor, points: int = 9) -> Tensor:
@@ -83,7 +82,7 @@ def expected_pixels(mean: Tensor, log_spread: Tensor, points: int = 9) -> Tensor
     return torch.stack([torch.sigmoid(mean + spread * q) for q in quantiles]).mean(0)
 
 
-def architecture(encoder: State) -> dict[str, int]:
+def architecture(encoder: dict[str, Tensor]) -> dict[str, int]:
     """Read the arguments of :func:`build` off an encoder's tensors, in the package's names.
 
     Raises ValueError where they are another network's.
@@ -96,13 +95,11 @@ def architecture(encoder: State) -> dict[str, int]:
     return {"hidden": hidden, "blocks": blocks, "vocab_size": vocab_size}
 
 
-def build_dalle(header: str, state: State) -> DalleTokenizer:
-    """Build a tokenizer from a file's header entry and tensors; the decoder may be left out.
+def build_dalle(shape: dict[str, Any], state: dict[str, Tensor]) -> DalleTokenizer:
+    """Build a tokenizer from a file's architecture and tensors; the decoder may be left out.
 
     Raises ValueError where they don't fit each other.
     """
-    shape = json.loads(header)
-    shape.pop("sources", None)
-    encoder, decoder = build(**shape)
-    painting = any(k.startswith("decoder.") for k in state)
-    return DalleTokenizer(encoder, decoder if painting else None).fill(state)
+    encoder, decoder = build(shape["hidden"], shape["blocks"], shape["vocab_size"])
+    can_paint = any(k.startswith("decoder.") for k in state)
+    return DalleTokenizer(encoder, decoder if can_paint else None).fill(state)

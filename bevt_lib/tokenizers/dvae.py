@@ -7,51 +7,46 @@ are ours; ``presets.paper_dvae`` has the paper's.
 
 import copy
 import math
-from collections.abc import Mapping
 
+import dall_e
 import torch
-from dall_e import Decoder, Encoder, map_pixels, unmap_pixels
-from dall_e.decoder import DecoderBlock
-from dall_e.encoder import EncoderBlock
 from torch import Tensor, nn
 
 from bevt_lib.base.trainable import Batch, Noise, Term
-from bevt_lib.tokenizers.base import START_PICTURES, TrainableTokenizer
-from bevt_lib.tokenizers.baselines import nearest_row
-from bevt_lib.tokenizers.dalle import FACTOR, DalleTokenizer, expected_pixels
+from bevt_lib.tokenizers import base, baselines, dalle
 
-SUBPIXELS_PER_CELL = FACTOR * FACTOR * 3
+SUBPIXELS_PER_CELL = dalle.FACTOR**2 * 3
 PAINT_SCALE = 100.0  # brings squared errors of pixels in 0..1 to the size of the other losses
 
 
-Schedule = Mapping[str, tuple[float, float, float]]  # {setting: (start, end, steps in between)}
-
-
-class DVAE(TrainableTokenizer):
+class DVAE(base.TrainableTokenizer):
     """The tokenizer in training: relaxed ids instead of hard ones, so that gradients pass.
 
     ``grid`` is the (height, width) of the id grid that training pictures give; it sets how much
-    noise a picture needs. ``schedule`` anneals "temperature", "kl_weight" and "balance_weight".
-    The last weighs the divergence of the *average* distribution over the batch's cells from the
-    uniform one, the part of the KL that keeps all ids in use, apart from the part that blurs each
-    cell. Our aid for short runs: without it a tenth of the ids were used. The average is taken per
-    micro-batch, so here alone the number of processes changes the objective a little.
+    noise a picture needs. ``schedule`` anneals "temperature", "kl_weight" and "balance_weight",
+    each (start, end, steps in between). The last weighs the divergence of the *average*
+    distribution over the batch's cells from the uniform one, the part of the KL that keeps all ids
+    in use, apart from the part that blurs each cell. Our aid for short runs: without it a tenth of
+    the ids were used. The average is taken per micro-batch, so here alone the number of processes
+    changes the objective a little.
 
-    ``quick_start`` is ours, for short runs: residual branches start at full size, see
-    :func:`undo_gain`, and ids at k-means centres, see :meth:`start_codebook`.
+    ``quick_start`` is ours, for short runs on few layers: ids start at k-means centres, see
+    :meth:`start_codebook`, and residual branches, which paint all detail inside a cell, at full
+    size, where DALL-E's blocks scale theirs down by layers squared.
     """
 
-    encoder: Encoder
+    encoder: dall_e.Encoder
     leaves_out = True  # a step with "decoder_only" leaves the encoder out: distributed.replicate
 
     def __init__(
-        self, encoder: Encoder, decoder: Decoder, grid: tuple[int, int], schedule: Schedule,
-        quick_start: bool = True,
+        self, encoder: dall_e.Encoder, decoder: dall_e.Decoder, grid: tuple[int, int],
+        schedule: dict[str, tuple[float, float, float]], quick_start: bool = True,
     ):  # fmt: skip
         super().__init__(encoder, decoder, encoder.vocab_size)
-        if quick_start:
-            undo_gain(self)
-        self.start_pictures = START_PICTURES if quick_start else 0
+        for block in self.modules():
+            if quick_start and isinstance(block, dalle.BLOCKS):
+                block.res_path.conv_4.w.data.div_(block.post_gain)
+        self.start_pictures = base.START_PICTURES if quick_start else 0
         self.vocab_size, self.schedule = encoder.vocab_size, schedule
         self.noise_sizes = {"picture": self.vocab_size * grid[0] * grid[1]}
 
@@ -63,7 +58,7 @@ class DVAE(TrainableTokenizer):
         0..1; ``gap`` is the median lead of the best logit over the middle one. Our choice.
         """
         output = self.encoder.blocks[-1]
-        features = output.relu(self.encoder.blocks[:-1](map_pixels(pixels)))
+        features = output.relu(self.encoder.blocks[:-1](dall_e.map_pixels(pixels)))
         features = features.permute(0, 2, 3, 1).flatten(0, 2)
         centre = features.mean(0)
         codes = kmeans(features - centre, self.vocab_size, generator)
@@ -77,8 +72,8 @@ class DVAE(TrainableTokenizer):
         annealed = {k: anneal(step, *span) for k, span in self.schedule.items()}
         return {**annealed, "noise_scale": float(cycle == 0), "decoder_only": cycle == 2}
 
-    def tokenizer(self) -> DalleTokenizer:
-        return DalleTokenizer(copy.deepcopy(self.encoder), copy.deepcopy(self.decoder))
+    def tokenizer(self) -> dalle.DalleTokenizer:
+        return dalle.DalleTokenizer(copy.deepcopy(self.encoder), copy.deepcopy(self.decoder))
 
     def forward(self, batch: Batch, noise: Noise) -> dict[str, Term]:
         """Give the loss for {"picture": {"pixels", "schedule": {"temperature", "noise_scale",
@@ -91,50 +86,42 @@ class DVAE(TrainableTokenizer):
         ids with the least squared error: a last touch of ours, which no id depends on.
         """
         part, now = batch["picture"], batch["picture"]["schedule"]
-        target = map_pixels(part["pixels"]).contiguous(memory_format=torch.channels_last)
+        # Name each cell.
+        target = dall_e.map_pixels(part["pixels"]).contiguous(memory_format=torch.channels_last)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not now["decoder_only"]):
             logits = self.encoder(target).float()
-        gumbel = -(-noise["picture"].clamp(1e-9, 1 - 1e-7).log()).log()
-        gumbel = gumbel.view(logits.shape) * now["noise_scale"]
-        shares = ((logits + gumbel) / now["temperature"]).softmax(dim=1)  # of each id, per cell
+        # Paint the cells: from the chosen ids alone, or from a share of each id.
         if now["decoder_only"]:
             chosen = nn.functional.one_hot(logits.argmax(dim=1), self.vocab_size)
-            shares = chosen.permute(0, 3, 1, 2).float()
-        mean, log_spread = self.decoder(shares).float().chunk(2, dim=1)
-        if now["decoder_only"]:
-            error = (expected_pixels(mean, log_spread) - target).square()
+            mean, log_spread = (
+                self.decoder(chosen.permute(0, 3, 1, 2).float()).float().chunk(2, dim=1)
+            )
+            error = (dalle.expected_pixels(mean, log_spread) - target).square()
             pixels = error.mean(dim=(1, 2, 3)) * PAINT_SCALE
         else:
+            gumbel = -(-noise["picture"].clamp(1e-9, 1 - 1e-7).log()).log().view(logits.shape)
+            shares = (logits + gumbel * now["noise_scale"]) / now["temperature"]
+            mean, log_spread = self.decoder(shares.softmax(dim=1)).float().chunk(2, dim=1)
             pixels = logit_laplace_nll(target, mean, log_spread).mean(dim=(1, 2, 3))
+        # Keep all ids in use: in each cell, and on average over the cells.
         divergence = kl_to_uniform(logits).mean(dim=(1, 2))
-        loss = (pixels + now["kl_weight"] / SUBPIXELS_PER_CELL * divergence).sum()
-        balance = 0.0 if now["decoder_only"] else now["balance_weight"]
         average = logits.softmax(dim=1).mean(dim=(0, 2, 3))
         imbalance = (average * average.clamp(min=1e-9).log()).sum() + math.log(self.vocab_size)
+        balance = 0.0 if now["decoder_only"] else now["balance_weight"]
+        loss = (pixels + now["kl_weight"] / SUBPIXELS_PER_CELL * divergence).sum()
         loss = loss + balance * imbalance * len(target)
-        painted = unmap_pixels(torch.sigmoid(mean.detach()))
+        painted = dall_e.unmap_pixels(torch.sigmoid(mean.detach()))
         error = (painted - part["pixels"]).square().mean(dim=(1, 2, 3)).sum()
         logs = {"mse": error, "kl": divergence.detach().sum(),
                 "imbalance": imbalance.detach() * len(target)}  # fmt: skip
         return {"picture": Term(loss, len(target), logs)}
 
 
-@torch.no_grad()
-def undo_gain(model: nn.Module) -> None:
-    """Start residual branches at full size: DALL-E's blocks scale theirs down by layers squared.
-
-    Our choice for short runs on few layers: the branches paint all detail inside a cell.
-    """
-    for block in model.modules():
-        if isinstance(block, EncoderBlock | DecoderBlock):
-            block.res_path.conv_4.w.div_(block.post_gain)
-
-
 def kmeans(points: Tensor, number: int, generator: torch.Generator, rounds: int = 12) -> Tensor:
     """Lloyd's algorithm from random points: (n, d) to (number, d); empty cells keep their place."""
     centres = points[torch.randperm(len(points), generator=generator)[:number]].clone()
     for _ in range(rounds):
-        nearest = nearest_row(points, centres)
+        nearest = baselines.nearest_row(points, centres)
         sums = torch.zeros_like(centres).index_add_(0, nearest, points)
         counts = torch.bincount(nearest, minlength=number)[:, None]
         centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
@@ -144,8 +131,7 @@ def kmeans(points: Tensor, number: int, generator: torch.Generator, rounds: int 
 def logit_laplace_nll(target: Tensor, mean: Tensor, log_spread: Tensor) -> Tensor:
     """Negative log-likelihood of mapped pixels in (0, 1) under DALL-E's logit-Laplace density."""
     log_spread = log_spread.clamp(min=-5.0)
-    logit = torch.logit(target)
-    distance = (logit - mean).abs() * torch.exp(-log_spread)
+    distance = (torch.logit(target) - mean).abs() * torch.exp(-log_spread)
     return distance + log_spread + (2 * target * (1 - target)).log()
 
 

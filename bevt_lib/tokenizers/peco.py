@@ -7,19 +7,16 @@ stride 16, 8,192 codes and moving averages are known of it; the layers, the plai
 L2-normalised) codes and their revival are ours.
 """
 
-import json
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from bevt_lib.base import distributed
-from bevt_lib.base.trainable import Batch, Noise, Term
+from bevt_lib.base import distributed, trainable
 from bevt_lib.tokenizers.base import CHUNK, FrozenTokenizer, TrainableTokenizer, to_unit
-from bevt_lib.weights.formats import State
 
 DECAY = 0.99  # of the codes' moving averages, per step; VQ-VAE, appendix A.1
 COMMITMENT = 0.25  # weight; VQ-VAE, section 3.2
@@ -48,9 +45,8 @@ class Residual(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.body = nn.Sequential(
-            nn.ReLU(), nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 1)
-        )
+        wide, narrow = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 1)
+        self.body = nn.Sequential(nn.ReLU(), wide, nn.ReLU(), narrow)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.body(x)
@@ -61,19 +57,18 @@ def build(shape: PecoShape) -> tuple[nn.Module, nn.Module]:
 
     Raises ValueError for a factor that isn't a power of 2.
     """
-    hidden, blocks, code_dim, factor = shape.hidden, shape.blocks, shape.code_dim, shape.factor
-    levels = round(math.log2(factor))
-    if factor < 2 or 2**levels != factor:
-        raise ValueError(f"tokens.factor must be a power of 2, got {factor}")
-    widths = [hidden if level == 0 else 2 * hidden for level in range(levels)]
+    levels = shape.factor.bit_length() - 1  # each halves the picture
+    if levels < 1 or 2**levels != shape.factor:
+        raise ValueError(f"tokens.factor must be a power of 2, got {shape.factor}")
+    widths = [shape.hidden] + [2 * shape.hidden] * (levels - 1)
     down: list[nn.Module] = []
     for before, width in zip([3, *widths], widths, strict=False):
         down.append(nn.Conv2d(before, width, 4, stride=2, padding=1))
-        down += [Residual(width) for _ in range(blocks)]
-    down += [nn.ReLU(), nn.Conv2d(widths[-1], code_dim, 1)]
-    up: list[nn.Module] = [nn.Conv2d(code_dim, widths[-1], 3, padding=1)]
+        down += [Residual(width) for _ in range(shape.blocks)]
+    down += [nn.ReLU(), nn.Conv2d(widths[-1], shape.code_dim, 1)]
+    up: list[nn.Module] = [nn.Conv2d(shape.code_dim, widths[-1], 3, padding=1)]
     for width, after in zip(widths[::-1], [*widths[-2::-1], 3], strict=True):
-        up += [Residual(width) for _ in range(blocks)]
+        up += [Residual(width) for _ in range(shape.blocks)]
         up += [nn.ReLU(), nn.Conv2d(width, 4 * after, 3, padding=1), nn.PixelShuffle(2)]
     return nn.Sequential(*down), nn.Sequential(*up)
 
@@ -108,16 +103,15 @@ class PecoTokenizer(FrozenTokenizer):
 
     def decode_chunk(self, ids: Tensor) -> Tensor:
         x = self.codes[ids].permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
-        picture = (self.decoder(x).float().clamp(-1, 1) + 1) * 127.5
-        return picture.round().to(torch.uint8).permute(0, 2, 3, 1)
+        return (self.decoder(x).float().clamp(-1, 1) + 1) * 127.5
 
 
 class Peco(TrainableTokenizer):
     """The tokenizer in training.
 
     ``perceptual(painted, pixels)`` gives each picture's distance under a frozen network, both
-    float (B, 3, h, w) in 0..1; None: no such term. It is not a module of the model, so that its
-    weights are in no checkpoint.
+    float (B, 3, h, w) in 0..1, and counts by ``weight``; None: no such term. It is not a module of
+    the model, so that its weights are in no checkpoint.
 
     Codes follow the *global* batch: ``forward`` only gathers, and :meth:`update_codes` acts once
     after the step, so that neither accumulation nor the number of processes matters.
@@ -126,11 +120,9 @@ class Peco(TrainableTokenizer):
     codes: Tensor
     uses: Tensor
 
-    def __init__(
-        self, shape: PecoShape, perceptual: Perceptual | None = None, perceptual_weight: float = 1.0
-    ):
+    def __init__(self, shape: PecoShape, perceptual: Perceptual | None = None, weight: float = 1.0):
         super().__init__(*build(shape), shape.code_dim)
-        self.shape, self.perceptual, self.perceptual_weight = shape, perceptual, perceptual_weight
+        self.shape, self.perceptual, self.weight = shape, perceptual, weight
         self.register_buffer("codes", torch.zeros(shape.vocab_size, shape.code_dim))
         self.register_buffer("uses", torch.zeros(shape.vocab_size))  # cells a step, moving average
         self._seen: list[tuple[Tensor, Tensor]] = []  # features and ids of this step so far
@@ -154,7 +146,7 @@ class Peco(TrainableTokenizer):
         maps = self.encoder(to_signed(pixels)).float()
         return maps, rearrange(maps, "b d h w -> (b h w) d")
 
-    def forward(self, batch: Batch, noise: Noise) -> dict[str, Term]:
+    def forward(self, batch: trainable.Batch, noise: trainable.Noise) -> dict[str, trainable.Term]:
         """Give the loss for {"picture": {"pixels"}}, float (B, 3, h, w) in 0..1; no noise.
 
         Squared error of pixels in -1..1, plus the perceptual distance, plus the commitment of the
@@ -174,9 +166,9 @@ class Peco(TrainableTokenizer):
         logs = {"mse": errors.detach().sum(), "commitment": commitment.detach().sum()}
         if self.perceptual:
             distance = self.perceptual(painted, pixels)
-            loss = loss + self.perceptual_weight * distance
+            loss = loss + self.weight * distance
             logs["perceptual"] = distance.detach().sum()
-        return {"picture": Term(loss.sum(), len(pixels), logs)}
+        return {"picture": trainable.Term(loss.sum(), len(pixels), logs)}
 
     @torch.no_grad()
     def update_codes(self, generator: torch.Generator) -> dict[str, float]:
@@ -211,9 +203,9 @@ class Peco(TrainableTokenizer):
         return PecoTokenizer(self.shape).to(self.codes.device).fill(state)
 
 
-def build_peco(header: str, state: State) -> PecoTokenizer:
-    """Build a tokenizer from a file's header entry and tensors.
+def build_peco(shape: dict[str, Any], state: dict[str, Tensor]) -> PecoTokenizer:
+    """Build a tokenizer from a file's architecture and tensors.
 
     Raises ValueError where they don't fit each other.
     """
-    return PecoTokenizer(PecoShape(**json.loads(header))).fill(state)
+    return PecoTokenizer(PecoShape(**shape)).fill(state)

