@@ -7,19 +7,12 @@ ours comes from the released configs or README of BEVT.
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
-from bevt_lib.base.config import (
-    Data,
-    Finetune,
-    Masking,
-    Model,
-    Optim,
-    Pretrain,
-    Run,
-    Tokens,
-    TrainPeco,
-    TrainTokenizer,
-)
+from bevt_lib.base import config
+from bevt_lib.base.config import Data, Finetune, Masking, Model, Optim, Pretrain, Run, Tokens
+
+Recipe = TypeVar("Recipe", bound=config.Recipe)
 
 RELEASED_NO_DECAY = (("relative_position_bias_table", 1.0, 0.0), ("norm", 1.0, 0.0))
 # Small models from small data: bias tables at ten times the rate (measured in the kit's pilot).
@@ -44,14 +37,14 @@ SMALL_MODEL = Model(
 SMALL_DATA = replace(LESSON_DATA, frames=16, workers=6)
 
 
-def lesson_dvae() -> TrainTokenizer:
+def lesson_dvae() -> config.TrainTokenizer:
     """DALL-E's tokenizer, narrow, with 256 token ids, on the embedded training pictures.
 
     Trains on 32 px views of 64 px crops, the scale at which BEVT shows it 48 px views of 96 px
     crops. After 4,500 steps with Gumbel noise, 2,500 choose ids as in use, without noise, and
     1,200 train the decoder alone to paint them. One CPU core; ours, no paper row.
     """
-    return TrainTokenizer(
+    return config.TrainTokenizer(
         name="lesson_dvae", data=replace(LESSON_DATA, size=64), tokens=LESSON_TOKENS,
         optim=Optim(lr=4e-3, weight_decay=0.0, images=32, steps=4500, warmup=100, clip_norm=3.0,
                     restarts=((2500, 0.5), (1200, 0.5)), rules=(("encoder", 0.5, 1.0),)),
@@ -59,7 +52,7 @@ def lesson_dvae() -> TrainTokenizer:
     )  # fmt: skip
 
 
-def lesson_peco() -> TrainPeco:
+def lesson_peco() -> config.TrainPeco:
     """PeCo's tokenizer with 256 codes, on the embedded training pictures, as BEVT shows them.
 
     Its perceptual network knows ImageNet's labels: see ``perceptual.py``, and take --perceptual
@@ -68,7 +61,7 @@ def lesson_peco() -> TrainPeco:
     colours 16.7), and *what* is read from its ids with 0.35 (0.35, 0.30; two seeds, standard error
     0.02; but 0.40 from the lesson dVAE's, 0.43 from k-means's): ``tokenizer_scores``.
     """
-    return TrainPeco(
+    return config.TrainPeco(
         name="lesson_peco", data=LESSON_DATA, tokens=LESSON_TOKENS,
         optim=Optim(lr=1e-3, weight_decay=0.0, images=16, steps=4000, warmup=100, clip_norm=3.0),
         hidden=32, blocks=1, code_dim=32, perceptual_side=64, perceptual_weight=2.0,
@@ -116,7 +109,7 @@ def lesson_how() -> Finetune:
     return replace(lesson_what(), name="lesson_how", task="how", flip=False, antisymmetric=1.0)
 
 
-def small_dvae() -> TrainTokenizer:
+def small_dvae() -> config.TrainTokenizer:
     """A wider tokenizer with 1024 token ids, on 48 px inputs as BEVT shows them.
 
     One GPU, about 4 minutes on an A100 at the share of its peak that ``cost`` assumes for Swin.
@@ -125,7 +118,7 @@ def small_dvae() -> TrainTokenizer:
     --tokens.weights runs/small_dvae/tokenizer.safetensors.
     Ours, no paper row. Not run by us: no number to expect.
     """
-    return TrainTokenizer(
+    return config.TrainTokenizer(
         name="small_dvae", data=replace(LESSON_DATA, workers=6), tokens=Tokens(vocab_size=1024),
         optim=Optim(lr=2e-3, weight_decay=0.0, images=128, steps=6000, warmup=200, clip_norm=3.0,
                     restarts=((3000, 0.5), (1500, 0.5)), rules=(("encoder", 0.5, 1.0),)),
@@ -190,7 +183,7 @@ def small_how() -> Finetune:
     return replace(small_what(), name="small_how", task="how", flip=False, antisymmetric=1.0)
 
 
-def paper_dvae() -> TrainTokenizer:
+def paper_dvae() -> config.TrainTokenizer:
     """DALL-E's tokenizer by DALL-E's objective, on your own pictures.
 
     Paper: its ids are the targets of BEVT's main rows; with OpenAI's two files nothing is to train.
@@ -200,7 +193,7 @@ def paper_dvae() -> TrainTokenizer:
     average of the weights at 0.999. ASSUMED: ImageNet-1K in place of its 250 M pictures; its crops
     (short side 256 to 320); bf16 autocast. Not run by us: needs 64 GPUs and ImageNet-1K.
     """
-    return TrainTokenizer(
+    return config.TrainTokenizer(
         name="paper_dvae",
         data=Data(embedded=False, size=256, short=(256, 320), workers=8, expected_items=1_281_167),
         tokens=Tokens(),
@@ -211,7 +204,7 @@ def paper_dvae() -> TrainTokenizer:
     )  # fmt: skip
 
 
-def paper_peco() -> TrainPeco:
+def paper_peco() -> config.TrainPeco:
     """PeCo's perceptual codebook on ImageNet-1K: 8,192 codes, 16 px an id (never released).
 
     Paper: its ids are the targets of BEVT's rows SSv2 71.4, K400 81.1. Command: torchrun on 8 GPUs
@@ -221,7 +214,7 @@ def paper_peco() -> TrainPeco:
     and 12, weights of the terms, batch 256, rate 1e-4, 100 epochs). Not run by us: needs 8 GPUs,
     ImageNet-1K and such a ViT. In BEVT: --tokens.weights FILE, whose factor sizes the view.
     """
-    return TrainPeco(
+    return config.TrainPeco(
         name="paper_peco", data=Data(embedded=False, workers=8, expected_items=1_281_167),
         tokens=Tokens(factor=16),
         optim=Optim(lr=1e-4, images=256, epochs=100, warmup=1, clip_norm=3.0),
@@ -272,23 +265,19 @@ def paper_k400() -> Finetune:
     Paper: top-1 80.6 (DALL-E tokens), 81.1 (PeCo). 8 GPUs, 64 clips a step, 4 x 3 test views,
     layer decay 0.9 by the released rules. Not run by us: needs 8 GPUs and Kinetics-400.
     """
-    depths = (2, 2, 18, 2)
-    rules = [*RELEASED_NO_DECAY, ("backbone.norm", 0.9, 0.0)]
-    power = 1
-    for stage in (3, 2, 1, 0):
-        if stage < 3:
-            rules.append((f"backbone.layers.{stage}.downsample", 0.9**power, 1.0))
-            power += 1
-        for block in reversed(range(depths[stage])):
-            rules.append((f"backbone.layers.{stage}.blocks.{block}", 0.9**power, 1.0))
-            power += 1
-    rules.append(("backbone.patch_embed", 0.9**power, 1.0))
+    layers: list[str] = []  # from the head down
+    for stage, depth in ((3, 2), (2, 18), (1, 2), (0, 2)):
+        layers += [f"layers.{stage}.downsample"] if stage < 3 else []
+        layers += [f"layers.{stage}.blocks.{block}" for block in reversed(range(depth))]
+    layers.append("patch_embed")
+    decay = [(f"backbone.{name}", 0.9**power, 1.0) for power, name in enumerate(layers, 1)]
     return Finetune(
         name="paper_k400", task="k400", num_classes=400, model=Model(),
         data=Data(embedded=False, frames=32, interval=2, short=(256, 256), workers=8,
                   expected_items=240_000),
         optim=Optim(lr=3e-4, weight_decay=0.001, clips=64, epochs=60, warmup=2.5, stairs=True,
-                    clip_norm=40.0, rules=tuple(rules)),
+                    clip_norm=40.0,
+                    rules=(*RELEASED_NO_DECAY, ("backbone.norm", 0.9, 0.0), *decay)),
         dropout=0.5, views_at_once=4, val_epochs=5, run=Run(micro_batch=2),
     )  # fmt: skip
 
@@ -330,16 +319,13 @@ def paper_diving48() -> Finetune:
     return replace(recipe, name="paper_diving48", task="diving48", num_classes=48, data=data)
 
 
-PRETRAIN = {
-    f.__name__: f
-    for f in (lesson_image, lesson_joint, small_image, small_joint, paper_image, paper_joint)
-}
-FINETUNE = {
-    f.__name__: f
-    for f in (
-        lesson_how, lesson_what, small_how, small_what, paper_k400, paper_ssv2, paper_diving48,
-    )
-}  # fmt: skip
-TRAIN_TOKENIZER: dict[str, Callable[[], TrainTokenizer | TrainPeco]] = {
-    f.__name__: f for f in (lesson_dvae, lesson_peco, small_dvae, paper_dvae, paper_peco)
-}
+def by_name(*presets: Callable[[], Recipe]) -> dict[str, Callable[[], Recipe]]:
+    """Give presets as {name: preset}, in this order."""
+    return {preset.__name__: preset for preset in presets}
+
+
+PRETRAIN = by_name(lesson_image, lesson_joint, small_image, small_joint, paper_image, paper_joint)
+FINETUNE = by_name(
+    lesson_how, lesson_what, small_how, small_what, paper_k400, paper_ssv2, paper_diving48
+)
+TRAIN_TOKENIZER = by_name(lesson_dvae, lesson_peco, small_dvae, paper_dvae, paper_peco)

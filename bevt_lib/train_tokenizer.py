@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from bevt_lib.base import distributed
-from bevt_lib.base.config import Optim, TrainPeco, TrainTokenizer, flatten, run_folder
+from bevt_lib.base.config import Optim, TrainPeco, TrainTokenizer, flatten
 from bevt_lib.base.seeds import Purpose, Stream, seeded_globals, torch_generator
 from bevt_lib.base.trainable import Batch
-from bevt_lib.cli import choose, run_command, with_recipe
+from bevt_lib.cli import choose, print_plan, run_command
 from bevt_lib.datasets import sources
 from bevt_lib.datasets.items import Pictures, Positions
 from bevt_lib.datasets.lists import Entry
@@ -43,12 +43,11 @@ def main(arguments: list[str]) -> None:
     """Read the command line, then plan or train."""
     recipe = choose(TRAIN_TOKENIZER, arguments, "train_tokenizer")
     if recipe.run.dry_run:
-        print(with_recipe(plan(recipe), recipe))
-        return
+        return print_plan(plan(recipe), recipe)
     with distributed.world():
         model, history = train(recipe)
         if distributed.rank() == 0:
-            path = Path(run_folder(recipe)) / "tokenizer.safetensors"
+            path = recipe.folder / "tokenizer.safetensors"
             model.tokenizer().save(path)
             last = history[-1]
             print(f"step {last['step'] + 1}: loss {last['loss']:.3f}; tokenizer in {path}")
@@ -149,7 +148,7 @@ def train(recipe: Recipe) -> tuple[TrainableTokenizer, list[dict[str, float]]]:
     loop.set_up(recipe.run)
     sources.check_sources(recipe)
     sources.render_embedded(recipe)
-    seed, folder = recipe.run.seed, Path(run_folder(recipe))
+    seed, folder = recipe.run.seed, recipe.folder
     entries, held, origin = split_entries(recipe)
     pictures = pictures_of(recipe, entries, origin)
     sources.print_origins({"image": pictures})
