@@ -109,8 +109,7 @@ def parse(
             type(recipe) if recipe else form, default=recipe or tyro.MISSING_NONPROP, args=words,
             prog=prog, description="", registry=reading_rules(recipe, unused),
             config=(conf.FlagConversionOff, conf.PositionalRequiredArgs,
-                    conf.PositionalMetavarFromFieldName),
-        )  # fmt: skip
+                    conf.PositionalMetavarFromFieldName))  # fmt: skip
 
 
 def reading_rules(recipe: Any, unused: tuple[str, ...]) -> Any:
@@ -132,8 +131,7 @@ def reading_rules(recipe: Any, unused: tuple[str, ...]) -> Any:
             nargs=1 if kinds else (0, 1), metavar=metavar, is_instance=lambda value: True,
             instance_from_str=lambda words: from_text(info.type, "".join(words)),
             str_from_instance=lambda value: [
-                ",".join(map(str, value)) if flat else as_text(value)],
-        )  # fmt: skip
+                ",".join(map(str, value)) if flat else as_text(value)])  # fmt: skip
 
     shown = {}
     for name, part in {"": recipe, **vars(recipe)}.items() if unused else ():

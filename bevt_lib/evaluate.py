@@ -21,8 +21,7 @@ from bevt_lib.base import distributed
 from bevt_lib.base.config import Finetune, require
 from bevt_lib.datasets import sources
 from bevt_lib.presets import FINETUNE
-from bevt_lib.scoring import cost
-from bevt_lib.scoring.classes import ClassScore, score_split
+from bevt_lib.scoring import classes, cost
 from bevt_lib.training import checkpoint, loop
 from bevt_lib.weights.load import load_strict, read_weights
 
@@ -56,7 +55,7 @@ def main(arguments: list[str]) -> None:
             print(f"{recipe.task} {recipe.split}: {result}; scores of each video in {file}")
 
 
-def evaluate(recipe: Evaluate) -> tuple[ClassScore, Path]:
+def evaluate(recipe: Evaluate) -> tuple[classes.ClassScore, Path]:
     """Score the model of ``run.init``; give the result and the file of scores.
 
     Raises ValueError without ``run.init``, for weights that don't fit, and where videos can't be
@@ -80,7 +79,7 @@ def evaluate(recipe: Evaluate) -> tuple[ClassScore, Path]:
         print(f"model: {source}")
     sources.print_origins({split: sources.labelled_items(recipe, split)})
     file = recipe.folder / f"scores_{split}.jsonl"
-    result = score_split(recipe, model, split, recipe.run.test_clips, file)
+    result = classes.score_split(recipe, model, split, recipe.run.test_clips, file)
     missing = len(result.unread)
     if missing and distributed.rank() == 0:
         print(*result.unread[:LISTED], sep="\n", file=sys.stderr)

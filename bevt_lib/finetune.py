@@ -13,9 +13,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from bevt_lib import cli, parts
-from bevt_lib.base import distributed
+from bevt_lib.base import distributed, seeds
 from bevt_lib.base.config import Finetune, flatten
-from bevt_lib.base.seeds import Stream
 from bevt_lib.base.trainable import Batch
 from bevt_lib.datasets import sources
 from bevt_lib.datasets.items import Positions
@@ -23,8 +22,7 @@ from bevt_lib.model.classifier import Classifier
 from bevt_lib.model.normalisation import normalise
 from bevt_lib.presets import FINETUNE
 from bevt_lib.scoring import classes, cost
-from bevt_lib.training import loop
-from bevt_lib.training.optim import total_steps
+from bevt_lib.training import loop, optim
 from bevt_lib.training.task import Source, Task
 from bevt_lib.weights.formats import released_name
 from bevt_lib.weights.load import load_strict, read_weights
@@ -91,15 +89,14 @@ def train_of(recipe: Finetune) -> tuple[Classifier, list[dict[str, float]], int]
         print(report)
     clips = sources.labelled_items(recipe)
     sources.print_origins({"clip": clips, "test": sources.labelled_items(recipe, "test")})
-    items = Positions(clips, seed=recipe.run.seed, stream=Stream.VIDEO,
+    items = Positions(clips, seed=recipe.run.seed, stream=seeds.Stream.VIDEO,
                       workers=recipe.data.workers)  # fmt: skip
     every = round(recipe.val_epochs * len(items) / recipe.optim.clips)
     task = Task(
         model=model, sources={"clip": Source(items, recipe.optim.clips)}, rename=released_name,
-        steps=total_steps(recipe.optim, len(items)), prepare=prepare, config=flatten(recipe),
+        steps=optim.total_steps(recipe.optim, len(items)), prepare=prepare, config=flatten(recipe),
         validate=validation(recipe, model) if recipe.val_epochs else None, best_by="top1",
-        validate_every=max(1, every), bad_share=recipe.data.bad_share,
-    )  # fmt: skip
+        validate_every=max(1, every), bad_share=recipe.data.bad_share)  # fmt: skip
     run = replace(recipe.run, folder=str(recipe.folder))
     return model, loop.fit(task, recipe.optim, run), task.steps
 

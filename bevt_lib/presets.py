@@ -7,6 +7,7 @@ ours comes from the released configs or README of BEVT.
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 from bevt_lib.base import config
@@ -17,12 +18,11 @@ Recipe = TypeVar("Recipe", bound=config.Recipe)
 RELEASED_NO_DECAY = (("relative_position_bias_table", 1.0, 0.0), ("norm", 1.0, 0.0))
 # Small models from small data: bias tables at ten times the rate (measured in the kit's pilot).
 LESSON_RULES = (("relative_position_bias_table", 10.0, 0.0), ("norm", 1.0, 0.0))
+lesson_optim = partial(Optim, clip_norm=3.0, rules=LESSON_RULES)
 
 # 96 px, window 3, grid 6x6: the paper's 224 px, window 7, grid 14x14, scaled by 3/7.
-LESSON_MODEL = Model(
-    embed_dim=24, depths=(1, 1, 3, 1), num_heads=(1, 2, 4, 8), window=(4, 3, 3),
-    drop_path=0.0, linear_std=0.0,
-)  # fmt: skip
+LESSON_MODEL = Model(embed_dim=24, depths=(1, 1, 3, 1), num_heads=(1, 2, 4, 8), window=(4, 3, 3),
+                     drop_path=0.0, linear_std=0.0)  # fmt: skip
 LESSON_DATA = Data(frames=8, interval=1, size=96, short=(98, 112))
 LESSON_TOKENS = Tokens(vocab_size=256)
 LESSON_MASKING = Masking(tube=(0.5, 0.75))  # of 4 time steps: each place is seen at some time
@@ -30,10 +30,8 @@ LESSON_MASKING = Masking(tube=(0.5, 0.75))  # of 4 time steps: each place is see
 # The lesson's pixels (the clips have no more); all 16 frames of a clip, the paper's 8 time steps.
 # The minutes below are those of scoring.cost, by Swin-B's share of the peak. Small matrices
 # reach a smaller one: hence the room up to 20 minutes.
-SMALL_MODEL = Model(
-    embed_dim=64, depths=(2, 2, 6, 2), num_heads=(2, 4, 8, 16), window=(8, 3, 3),
-    drop_path=0.1, linear_std=0.0,
-)  # fmt: skip
+SMALL_MODEL = Model(embed_dim=64, depths=(2, 2, 6, 2), num_heads=(2, 4, 8, 16), window=(8, 3, 3),
+                    drop_path=0.1, linear_std=0.0)  # fmt: skip
 SMALL_DATA = replace(LESSON_DATA, frames=16, workers=6)
 
 
@@ -48,8 +46,7 @@ def lesson_dvae() -> config.TrainTokenizer:
         name="lesson_dvae", data=replace(LESSON_DATA, size=64), tokens=LESSON_TOKENS,
         optim=Optim(lr=4e-3, weight_decay=0.0, images=32, steps=4500, warmup=100, clip_norm=3.0,
                     restarts=((2500, 0.5), (1200, 0.5)), rules=(("encoder", 0.5, 1.0),)),
-        hidden=32, blocks=1, kl_weight=(0.0, 0.0), balance_weight=0.1,
-    )  # fmt: skip
+        hidden=32, blocks=1, kl_weight=(0.0, 0.0), balance_weight=0.1)  # fmt: skip
 
 
 def lesson_peco() -> config.TrainPeco:
@@ -64,8 +61,7 @@ def lesson_peco() -> config.TrainPeco:
     return config.TrainPeco(
         name="lesson_peco", data=LESSON_DATA, tokens=LESSON_TOKENS,
         optim=Optim(lr=1e-3, weight_decay=0.0, images=16, steps=4000, warmup=100, clip_norm=3.0),
-        hidden=32, blocks=1, code_dim=32, perceptual_side=64, perceptual_weight=2.0,
-    )  # fmt: skip
+        hidden=32, blocks=1, code_dim=32, perceptual_side=64, perceptual_weight=2.0)  # fmt: skip
 
 
 def lesson_image() -> Pretrain:
@@ -73,8 +69,7 @@ def lesson_image() -> Pretrain:
     return Pretrain(
         name="lesson_image", streams=("image",), model=LESSON_MODEL, data=LESSON_DATA,
         tokens=LESSON_TOKENS, masking=LESSON_MASKING,
-        optim=Optim(lr=3e-3, images=32, steps=2200, warmup=100, clip_norm=3.0, rules=LESSON_RULES),
-    )  # fmt: skip
+        optim=lesson_optim(lr=3e-3, images=32, steps=2200, warmup=100))  # fmt: skip
 
 
 def lesson_joint() -> Pretrain:
@@ -85,20 +80,16 @@ def lesson_joint() -> Pretrain:
     return Pretrain(
         name="lesson_joint", streams=("video", "image"), model=LESSON_MODEL, data=LESSON_DATA,
         tokens=LESSON_TOKENS, masking=LESSON_MASKING,
-        optim=Optim(
-            lr=2e-3, clips=8, images=8, steps=1400, warmup=100, clip_norm=3.0, rules=LESSON_RULES
-        ),
-        keep_token_head=True, default_init="weights/lesson_image.safetensors", needs_init=True,
-    )  # fmt: skip
+        optim=lesson_optim(lr=2e-3, clips=8, images=8, steps=1400, warmup=100), keep_token_head=True,
+        default_init="weights/lesson_image.safetensors", needs_init=True)  # fmt: skip
 
 
 def lesson_what() -> Finetune:
     """Recognise what moves (8 kinds of object). Two CPU cores; ours, no paper row."""
     return Finetune(
         name="lesson_what", task="what", num_classes=8, model=LESSON_MODEL, data=LESSON_DATA,
-        optim=Optim(lr=1e-3, clips=16, steps=800, warmup=100, clip_norm=3.0, rules=LESSON_RULES),
-        crop="random", test_clips=3, test_crops=1, default_init="weights/lesson_joint.safetensors",
-    )  # fmt: skip
+        optim=lesson_optim(lr=1e-3, clips=16, steps=800, warmup=100), crop="random",
+        test_clips=3, test_crops=1, default_init="weights/lesson_joint.safetensors")  # fmt: skip
 
 
 def lesson_how() -> Finetune:
@@ -122,8 +113,7 @@ def small_dvae() -> config.TrainTokenizer:
         name="small_dvae", data=replace(LESSON_DATA, workers=6), tokens=Tokens(vocab_size=1024),
         optim=Optim(lr=2e-3, weight_decay=0.0, images=128, steps=6000, warmup=200, clip_norm=3.0,
                     restarts=((3000, 0.5), (1500, 0.5)), rules=(("encoder", 0.5, 1.0),)),
-        hidden=64, kl_weight=(0.0, 0.0), balance_weight=0.1,
-    )  # fmt: skip
+        hidden=64, kl_weight=(0.0, 0.0), balance_weight=0.1)  # fmt: skip
 
 
 def small_image() -> Pretrain:
@@ -136,9 +126,7 @@ def small_image() -> Pretrain:
     return Pretrain(
         name="small_image", streams=("image",), model=SMALL_MODEL, data=SMALL_DATA,
         tokens=LESSON_TOKENS,
-        optim=Optim(lr=1.5e-3, images=256, steps=6000, warmup=300, clip_norm=3.0,
-                    rules=LESSON_RULES),
-    )  # fmt: skip
+        optim=lesson_optim(lr=1.5e-3, images=256, steps=6000, warmup=300))  # fmt: skip
 
 
 def small_joint() -> Pretrain:
@@ -151,10 +139,8 @@ def small_joint() -> Pretrain:
     return Pretrain(
         name="small_joint", streams=("video", "image"), model=SMALL_MODEL, data=SMALL_DATA,
         tokens=LESSON_TOKENS,
-        optim=Optim(lr=1e-3, clips=64, images=64, steps=4000, warmup=200, clip_norm=3.0,
-                    rules=LESSON_RULES),
-        keep_token_head=True, needs_init=True,
-    )  # fmt: skip
+        optim=lesson_optim(lr=1e-3, clips=64, images=64, steps=4000, warmup=200),
+        keep_token_head=True, needs_init=True)  # fmt: skip
 
 
 def small_what() -> Finetune:
@@ -166,10 +152,8 @@ def small_what() -> Finetune:
     """
     return Finetune(
         name="small_what", task="what", num_classes=8, model=SMALL_MODEL, data=SMALL_DATA,
-        optim=Optim(lr=5e-4, clips=64, steps=3000, warmup=200, clip_norm=3.0, rules=LESSON_RULES),
-        crop="random",
-        test_clips=1,  # a view shows all frames
-        test_crops=1, val_epochs=5,
+        optim=lesson_optim(lr=5e-4, clips=64, steps=3000, warmup=200),
+        crop="random", val_epochs=5, test_crops=1, test_clips=1,  # a view shows all frames
     )  # fmt: skip
 
 
@@ -200,8 +184,7 @@ def paper_dvae() -> config.TrainTokenizer:
         optim=Optim(lr=1e-4, weight_decay=1e-4, images=512, steps=3_000_000,
                     cosine_steps=1_200_000, last_share=0.0125, ema=0.001),
         temperature_steps=150_000, kl_steps=5_000, quick_start=False, view=256, watch_every=10_000,
-        run=Run(save_every=5_000),
-    )  # fmt: skip
+        run=Run(save_every=5_000))  # fmt: skip
 
 
 def paper_peco() -> config.TrainPeco:
@@ -219,8 +202,7 @@ def paper_peco() -> config.TrainPeco:
         tokens=Tokens(factor=16),
         optim=Optim(lr=1e-4, images=256, epochs=100, warmup=1, clip_norm=3.0),
         perceptual="vit_base_patch16_224", perceptual_levels=(2, 5, 8, 11), watch_every=5_000,
-        run=Run(save_every=5_000),
-    )  # fmt: skip
+        run=Run(save_every=5_000))  # fmt: skip
 
 
 def paper_image() -> Pretrain:
@@ -236,8 +218,7 @@ def paper_image() -> Pretrain:
         data=Data(embedded=False, jitter=0.4, workers=8, expected_items=1_281_167),
         tokens=Tokens(fp16=True),
         optim=Optim(lr=1.5e-3, images=2048, epochs=800, warmup=10, clip_norm=3.0,
-                    rules=RELEASED_NO_DECAY),
-    )  # fmt: skip
+                    rules=RELEASED_NO_DECAY))  # fmt: skip
 
 
 def paper_joint() -> Pretrain:
@@ -278,8 +259,7 @@ def paper_k400() -> Finetune:
         optim=Optim(lr=3e-4, weight_decay=0.001, clips=64, epochs=60, warmup=2.5, stairs=True,
                     clip_norm=40.0,
                     rules=(*RELEASED_NO_DECAY, ("backbone.norm", 0.9, 0.0), *decay)),
-        dropout=0.5, views_at_once=4, val_epochs=5, run=Run(micro_batch=2),
-    )  # fmt: skip
+        dropout=0.5, views_at_once=4, val_epochs=5, run=Run(micro_batch=2))  # fmt: skip
 
 
 def paper_ssv2() -> Finetune:
@@ -300,10 +280,9 @@ def paper_ssv2() -> Finetune:
         data=Data(embedded=False, frames=32, short=(256, 256), workers=8, expected_items=168_913),
         optim=Optim(lr=5e-4, clips=64, epochs=60, warmup=2.5, stairs=True,
                     rules=(*RELEASED_NO_DECAY, ("backbone", 0.1, 1.0)),
-                    ema=1 - (1 - 0.0002) ** 8),
-        smoothing=0.1, dropout=0.5, flip=False, sampling="uniform", rand_augment=(4, 7),
-        erasing=0.25, test_clips=1, views_at_once=2, val_epochs=5, run=Run(micro_batch=1),
-    )  # fmt: skip
+                    ema=1 - (1 - 0.0002) ** 8), smoothing=0.1,
+        dropout=0.5, flip=False, sampling="uniform", rand_augment=(4, 7), erasing=0.25,
+        test_clips=1, views_at_once=2, val_epochs=5, run=Run(micro_batch=1))  # fmt: skip
 
 
 def paper_diving48() -> Finetune:

@@ -4,17 +4,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from bevt_lib import cli, parts, presets
-from bevt_lib.base import distributed
+from bevt_lib.base import distributed, seeds
 from bevt_lib.base.config import Pretrain, flatten
-from bevt_lib.base.seeds import Stream
 from bevt_lib.datasets import sources
 from bevt_lib.datasets.items import Positions
 from bevt_lib.model.bevt import BEVT
 from bevt_lib.scoring import cost, tokens
 from bevt_lib.tokenizers import dalle, load
 from bevt_lib.tokenizers.base import FrozenTokenizer, add_tokens
-from bevt_lib.training import loop
-from bevt_lib.training.optim import total_steps
+from bevt_lib.training import loop, optim
 from bevt_lib.training.task import Source, Task
 from bevt_lib.weights.formats import released_name
 
@@ -47,16 +45,15 @@ def train(recipe: Pretrain) -> tuple[BEVT, list[dict[str, float]]]:
     sources.print_origins(items)
     streams = {
         stream: Source(Positions(items[stream], seed=recipe.run.seed, workers=recipe.data.workers,
-                                 stream=Stream[stream.upper()]), batch)
+                                 stream=seeds.Stream[stream.upper()]), batch)
         for stream, batch in recipe.batches.items()
     }  # fmt: skip
     task = Task(
         model=model, sources=streams, rename=released_name, bad_share=recipe.data.bad_share,
-        steps=total_steps(recipe.optim, len(items[recipe.streams[0]])),
+        steps=optim.total_steps(recipe.optim, len(items[recipe.streams[0]])),
         prepare=lambda batch, step: add_tokens(
             batch, tokenizer, hidden_only=True, fp16=recipe.tokens.fp16),
-        config=flatten(recipe) | {"tokens.sha256": tokenizer.digest()},
-    )  # fmt: skip
+        config=flatten(recipe) | {"tokens.sha256": tokenizer.digest()})  # fmt: skip
     run = replace(recipe.run, folder=str(recipe.folder))
     return model, loop.fit(task, recipe.optim, run)
 

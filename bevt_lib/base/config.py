@@ -252,8 +252,7 @@ class Finetune(Recipe):
     @property
     def test_views(self) -> str:
         """The views of a test video in words."""
-        views = f"{self.test_clips} clips x {self.test_crops} crops"
-        return f"{views}, {self.views_at_once} at a time"
+        return f"{self.test_clips} clips x {self.test_crops} crops, {self.views_at_once} at a time"
 
     def clip_spec(self) -> ClipSpec:
         """Give how clips are cut, in training and in tests."""
