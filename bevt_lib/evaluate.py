@@ -65,10 +65,8 @@ def evaluate(recipe: Evaluate) -> tuple[classes.ClassScore, Path]:
     require(init != "", "name the model to evaluate: --run.init MODEL")
     embedded = split in ("val", "test", "test_unseen")
     require(embedded, f"--split {split}: choose val, test or test_unseen")
-    require(
-        split == "test" or not recipe.data.val_list,
-        f"--split {split} is one of the embedded clips: drop it, or the --data.val-list",
-    )
+    text = f"--split {split} is one of the embedded clips: drop it, or the --data.val-list"
+    require(split == "test" or not recipe.data.val_list, text)
     loop.set_up(recipe.run)
     sources.check_sources(recipe, [split])
     source = weights_of(Path(init))

@@ -79,8 +79,8 @@ def lesson_joint() -> Pretrain:
     """
     return Pretrain(
         name="lesson_joint", streams=("video", "image"), model=LESSON_MODEL, data=LESSON_DATA,
-        tokens=LESSON_TOKENS, masking=LESSON_MASKING,
-        optim=lesson_optim(lr=2e-3, clips=8, images=8, steps=1400, warmup=100), keep_token_head=True,
+        tokens=LESSON_TOKENS, masking=LESSON_MASKING, keep_token_head=True,
+        optim=lesson_optim(lr=2e-3, clips=8, images=8, steps=1400, warmup=100),
         default_init="weights/lesson_image.safetensors", needs_init=True)  # fmt: skip
 
 
