@@ -10,10 +10,12 @@ plain loops of decord and PyAV that decode the same frames, one thread a process
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
+from typing import Any
 
 import av
 import cv2
@@ -22,10 +24,9 @@ import torch
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
-from bevt_lib import parts
-from bevt_lib.base.config import Finetune, Pretrain
+from bevt_lib import cli, parts
+from bevt_lib.base.config import Finetune, Pretrain, require
 from bevt_lib.base.files import data_folder
-from bevt_lib.cli import parse, run_command
 from bevt_lib.datasets import sources
 from bevt_lib.datasets.augment import one_thread
 from bevt_lib.datasets.items import LabelledClips, PretrainClips
@@ -54,23 +55,18 @@ class Options:
 
 def main(arguments: list[str]) -> None:
     """Read the command line, render, measure, print."""
-    given = parse(Options, arguments, "python -m bevt_lib.bench", __doc__ or "")
-    if min(given.processes, given.rounds, given.clips) < 1 or given.rate < 0:
-        raise ValueError("--processes, --rounds, --clips and --rate are more than 0")
+    given = cli.parse(Options, arguments, "python -m bevt_lib.bench", __doc__ or "")
+    valid = min(given.processes, given.rounds, given.clips) > 0 and given.rate >= 0
+    require(valid, "--processes, --rounds, --clips and --rate are more than 0")
     with tempfile.TemporaryDirectory() as folder:
-        films = (Path(given.list), Path(given.root)) if given.list else render(Path(folder))
-        pictures = render_pictures(Path(folder) / "pictures")
+        films, root = (given.list, given.root) if given.list else render(Path(folder))
+        data: Any = {"video_list": str(films), "video_root": str(root),
+                     "image_root": str(render_pictures(Path(folder) / "pictures"))}  # fmt: skip
         for recipe in (paper_joint(), paper_k400(), paper_ssv2()):
-            recipe = replace(recipe, data=replace(
-                recipe.data, video_list=str(films[0]), video_root=str(films[1]),
-                image_root=str(pictures),
-            ))  # fmt: skip
+            recipe = replace(recipe, data=replace(recipe.data, **data))
             jobs = [(recipe, given.rounds, given.clips, n) for n in range(given.processes)]
-            if given.processes == 1:
-                rates = [measure(*jobs[0])]
-            else:
-                with Pool(given.processes) as pool:
-                    rates = pool.starmap(measure, jobs)
+            with Pool(given.processes) as pool:
+                rates = pool.starmap(measure, jobs)
             mean = {name: float(np.mean([r[name] for r in rates])) for name in rates[0]}
             print(report(recipe, mean, given.rate or None), flush=True)
 
@@ -146,29 +142,23 @@ def measure(recipe: Pretrain | Finetune, rounds: int, clips: int, process: int) 
     )  # fmt: skip
     first = process * rounds * clips
 
-    def decode(read: Callable[..., np.ndarray]) -> Callable[[int], np.ndarray]:
-        def work(epoch: int) -> np.ndarray:
-            index = epoch % len(items)
-            return read(items.entries[index].path, items.choose(epoch, index))
-
-        return work
+    def decode(read: Callable[..., np.ndarray], epoch: int) -> np.ndarray:
+        index = epoch % len(items)
+        return read(items.entries[index].path, items.choose(epoch, index))
 
     work: dict[str, Callable[[int], object]] = {
         "this loader, decode + augment": lambda n: items.sample(n, n % len(items)),
-        "this loader, decode": decode(read_frames),
+        "this loader, decode": partial(decode, read_frames),
     }
-    expected = decode(read_frames)(first)
     others: dict[str, Callable[..., np.ndarray]] = {
         "this loader by decord, decode": partial(read_frames, decoder="decord"),
         "decord loop, decode": decord_loop, "PyAV loop, decode": pyav_loop,
     }  # fmt: skip
+    expected = decode(read_frames, first)
     for name, read in others.items():
-        try:
-            same = np.array_equal(decode(read)(first), expected)
-        except Exception:  # decord isn't installed, or can't read this kind of video
-            same = False
-        if same:
-            work[name] = decode(read)
+        with suppress(Exception):  # decord isn't installed, or can't read this kind of video
+            if np.array_equal(decode(read, first), expected):
+                work[name] = partial(decode, read)
     if isinstance(recipe, Pretrain):
         images = sources.pretraining_items(recipe, "image")
         work["images, decode + augment"] = lambda n: images.sample(n, n % len(images))
@@ -184,13 +174,10 @@ def measure(recipe: Pretrain | Finetune, rounds: int, clips: int, process: int) 
 
 def assumed_rate(recipe: Pretrain | Finetune) -> float:
     """Give the clips a second of one GPU by the assumptions of ``bevt_lib.scoring.cost``."""
-    with torch.device("meta"):
-        if isinstance(recipe, Pretrain):
-            model = parts.build_bevt(recipe)
-            tokenizer = DalleTokenizer(*build(256, 2, recipe.tokens.vocab_size))
-            items = {s: cost.token_item(recipe, model, tokenizer, s) for s in recipe.batches}
-        else:
-            items = {"clip": cost.clip_item(recipe, parts.build_classifier(recipe))}
+    tokenizer = None
+    if isinstance(recipe, Pretrain):
+        tokenizer = DalleTokenizer(*build(256, 2, recipe.tokens.vocab_size))
+    _, items = parts.measure_items(recipe, tokenizer)
     student, frozen = (
         sum(n * getattr(items[s], field) for s, n in recipe.batches.items())
         for field in ("student", "tokenizer")
@@ -204,25 +191,26 @@ def report(recipe: Pretrain | Finetune, rates: Rates, rate: float | None) -> str
     uniform = isinstance(recipe, Finetune) and recipe.sampling == "uniform"
     spread = "all over the film" if uniform else f"interval {d.interval}"
     lines = [f"{recipe.name}: {d.frames} frames, {spread}, {d.size} px"]
-    ours = rates["this loader, decode"]
+    # One line for each loader, and for each plain loop that can't be compared.
     for name, value in rates.items():
-        unit = "images" if name.startswith("images") else "clips"
-        other = "loop" in name or "decord" in name
-        faster = f", this loader's decoding is {ours / value:.2f} times as fast" * other
-        lines.append(f"  {name:30s} {value:7.1f} {unit}/s a core{faster}")
+        line = f"  {name:30s} {value:7.1f} {'images' if 'images' in name else 'clips'}/s a core"
+        if "loop" in name or "decord" in name:
+            times = rates["this loader, decode"] / value
+            line += f", this loader's decoding is {times:.2f} times as fast"
+        lines.append(line)
     absent = [name for name in ("decord", "PyAV") if f"{name} loop, decode" not in rates]
     lines += [f"  {name} loop, decode: doesn't give the same frames here" for name in absent]
+    # The cores for one GPU: those for its clips, and for the images beside them.
     needed = rate or assumed_rate(recipe)
-    cores = needed / rates["this loader, decode + augment"]
-    also = ""
+    cores, beside = needed / rates["this loader, decode + augment"], ""
     if isinstance(recipe, Pretrain):
         images = needed * recipe.optim.images / recipe.optim.clips
         cores += images / rates["images, decode + augment"]
-        also = f" and {images:.1f} images/s"
+        beside = f" and {images:.1f} images/s"
     source = "as given" if rate else f"ASSUMED of an {cost.GPU}: bevt_lib.scoring.cost"
-    lines.append(f"  one GPU at {needed:.1f} clips/s{also} ({source}) takes {cores:.1f} cores")
+    lines.append(f"  one GPU at {needed:.1f} clips/s{beside} ({source}) takes {cores:.1f} cores")
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    cli.run_command(main)

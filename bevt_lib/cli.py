@@ -14,6 +14,7 @@ import sys
 import textwrap
 import typing
 from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def choose(presets: dict[str, Callable[[], Any]], arguments: Sequence[str], comm
     if not words or words[0] in ("-h", "--help"):
         print(f"usage: {prog} PRESET [--config FILE] [--section.field value ...]\n\npresets:")
         for name, preset in presets.items():
-            text = f"  {name:16}{inspect.cleandoc(preset.__doc__ or '').splitlines()[0]}"
+            text = f"  {name:16}{(preset.__doc__ or '').splitlines()[0]}"
             print(textwrap.fill(text, 90, subsequent_indent=" " * 18, break_on_hyphens=False))
         print("\nPRESET --help explains a preset and its fields")
         raise SystemExit(0 if words else 2)
@@ -49,9 +50,16 @@ def choose(presets: dict[str, Callable[[], Any]], arguments: Sequence[str], comm
     if name not in presets:
         hint = nearest(name, presets, f"choose from {', '.join(presets)}")
         raise ValueError(f"unknown preset {name!r}: {hint}")
-    held = [f"--{k}={as_text(v)}" for k, v in values.items() if not k.startswith(unused)]
+    words = [f"--{k}={as_text(v)}" for k, v in values.items() if not k.startswith(unused)] + words
     text = f"{presets[name].__doc__}{ABOUT_FILES}"
-    return parse(presets[name](), held + words, f"{prog} {name}", text, unused)
+    return parse(presets[name](), words, f"{prog} {name}", text, unused)
+
+
+def print_plan(plan: str, recipe: Any) -> None:
+    """Print what a dry run shows: the plan, an empty line, and the recipe as JSON for --config."""
+    fields = {key: value for key, value in flatten(recipe).items() if key != "run.dry_run"}
+    text = re.sub(r"\.0(?=,?\n)", "", json.dumps(fields, indent=1))  # 100 and 100.0 look the same
+    print(f"{plan}\n\n{text}")
 
 
 def override(recipe: Any, words: Sequence[str]) -> Any:
@@ -76,13 +84,6 @@ def take_config(words: list[str]) -> dict[str, Any]:
         raise ValueError(f'{path} is not a valid JSON of {{"section.field": value}}') from None
 
 
-def with_recipe(plan: str, recipe: Any) -> str:
-    """Give what a dry run prints: the plan, an empty line, and the recipe as JSON for --config."""
-    fields = {key: value for key, value in flatten(recipe).items() if key != "run.dry_run"}
-    text = re.sub(r"\.0(?=,?\n)", "", json.dumps(fields, indent=1))  # 100 and 100.0 look the same
-    return f"{plan}\n\n{text}"
-
-
 def parse(
     form: Any, words: Sequence[str], prog: str = "", text: str = "", unused: tuple[str, ...] = ()
 ) -> Any:
@@ -95,28 +96,27 @@ def parse(
     import tyro  # here, because the library doesn't need it
     from tyro import _errors, conf  # the hook for errors is private: hence the exact version
 
+    recipe = None if isinstance(form, type) else form
+    known = list(flatten(recipe) if recipe else form.__dataclass_fields__)
+
     def explain(event: _errors.ParseErrorEvent) -> None:
         raise ValueError(one_line(event, words, known, unused)) from None
 
     if {"-h", "--help"} & set(words):
         print(inspect.cleandoc(text), end="\n\n")
-    recipe = None if isinstance(form, type) else form
-    known = list(flatten(recipe) if recipe else form.__dataclass_fields__)
     with _errors.on_parse_error(explain):
         return tyro.cli(
             type(recipe) if recipe else form, default=recipe or tyro.MISSING_NONPROP, args=words,
             prog=prog, description="", registry=reading_rules(recipe, unused),
             config=(conf.FlagConversionOff, conf.PositionalRequiredArgs,
-                    conf.PositionalMetavarFromFieldName),
-        )  # fmt: skip
+                    conf.PositionalMetavarFromFieldName))  # fmt: skip
 
 
 def reading_rules(recipe: Any, unused: tuple[str, ...]) -> Any:
     """Tell tyro how we write switches and a recipe's tuples, and which fields are left out."""
-    from tyro import conf
     from tyro import constructors as c
 
-    rules, registry = c.ConstructorRegistry(), c.ConstructorRegistry
+    rules = c.ConstructorRegistry()
 
     @rules.primitive_rule
     def one_word(info: c.PrimitiveTypeInfo) -> c.PrimitiveConstructorSpec | None:
@@ -124,38 +124,39 @@ def reading_rules(recipe: Any, unused: tuple[str, ...]) -> Any:
         kinds = typing.get_args(info.type)
         if info.type is not bool and not (recipe and info.type_origin is tuple):
             return None
-        parts: Any = [registry.get_primitive_spec(c.PrimitiveTypeInfo.make(kind, set()))
-                      for kind in kinds if kind is not ...]  # fmt: skip
-        nested = any(map(typing.get_args, kinds))
-
-        def switch(words: list[str]) -> bool:
-            return ("false", "true").index(" ".join(words).lower() or "true") == 1
-
-        def values(words: list[str]) -> tuple:
-            text = words[0]
-            found = json.loads(text) if text[:1] == "[" else text.split(",") if text else []
-            each = zip(parts * len(found) if ... in kinds else parts, found, strict=True)
-            return tuple(part.instance_from_str([as_text(value)]) for part, value in each)
-
+        flat = kinds and not any(map(typing.get_args, kinds))
+        names = ["..." if kind is ... else kind.__name__.upper() for kind in kinds]
+        metavar = ",".join(names) if flat else "JSON" if kinds else "[true|false]"
         return c.PrimitiveConstructorSpec(
-            nargs=1 if kinds else (0, 1), instance_from_str=values if kinds else switch,
-            metavar="JSON" if nested else
-            ",".join([p.metavar for p in parts] + ["..."] * (... in kinds)) or "[true|false]",
+            nargs=1 if kinds else (0, 1), metavar=metavar, is_instance=lambda value: True,
+            instance_from_str=lambda words: from_text(info.type, "".join(words)),
             str_from_instance=lambda value: [
-                ",".join(map(str, value)) if kinds and not nested else as_text(value)],
-            is_instance=lambda value: True,
-        )  # fmt: skip
+                ",".join(map(str, value)) if flat else as_text(value)])  # fmt: skip
 
-    shown, suppress = {}, typing.cast(Any, conf.Suppress)
+    shown = {}
     for name, part in {"": recipe, **vars(recipe)}.items() if unused else ():
-        if dataclasses.is_dataclass(part):
-            spec: Any = registry.get_struct_spec(c.StructTypeInfo.make(type(part), part, False))
-            shown[type(part)] = dataclasses.replace(spec, fields=tuple(
-                dataclasses.replace(f, type=suppress[f.type])
-                if f"{name}.{f.name}".strip(".").startswith(unused) else f
-                for f in spec.fields))  # fmt: skip
+        if hasattr(part, "__dataclass_fields__"):
+            found: Any = rules.get_struct_spec(c.StructTypeInfo.make(type(part), part, False))
+            used = (f for f in found.fields
+                    if not f"{name}.{f.name}".strip(".").startswith(unused))  # fmt: skip
+            rebuild: Any = wraps(type(part))(
+                lambda part=part, **new: dataclasses.replace(part, **new)
+            )
+            shown[type(part)] = c.StructConstructorSpec(rebuild, tuple(used))
     rules.struct_rule(lambda info: shown.get(info.type))
     return rules
+
+
+def from_text(kind: Any, text: str) -> Any:
+    """Read a number, a text, a switch, or a tuple: a,b or a JSON list."""
+    kinds = typing.get_args(kind)
+    if kind is bool:
+        return ("false", "true").index(text.lower() or "true") == 1
+    if not kinds:
+        return kind(text)
+    found = json.loads(text) if text[:1] == "[" else text.split(",") if text else []
+    kinds = kinds[:1] * len(found) if ... in kinds else kinds
+    return tuple(from_text(k, as_text(value)) for k, value in zip(kinds, found, strict=True))
 
 
 def one_line(event: Any, words: Sequence[str], known: list[str], unused: tuple[str, ...]) -> str:
@@ -171,8 +172,8 @@ def one_line(event: Any, words: Sequence[str], known: list[str], unused: tuple[s
                 return f"unexpected argument {word!r}: see --help"
             if field_of(word) in known:
                 return f"{flag} means nothing to this command: leave it out"
-            known = [option(field) for field in known if not field.startswith(unused)]
-            return f"unknown option {flag}: {nearest(flag, known, 'see --help')}"
+            used = [f"--{f.replace('_', '-')}" for f in known if not f.startswith(unused)]
+            return f"unknown option {flag}: {nearest(flag, used, 'see --help')}"
         case found.MissingArgs(missing_arguments=places):
             return f"missing {' and '.join(str(p.arg.lowered.metavar) for p in places)}: see --help"
         case found.InstantiationFailure(argument=None, message=message):
@@ -189,11 +190,6 @@ def field_of(word: str) -> str:
     return word[2:].partition("=")[0].replace("-", "_")
 
 
-def option(field: str) -> str:
-    """Write a field as an option."""
-    return "--" + field.replace("_", "-")
-
-
 def as_text(value: Any) -> str:
     """Write a value as options take it."""
     return value if isinstance(value, str) else json.dumps(value)
@@ -207,11 +203,10 @@ def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
 
 # RuntimeErrors whose cause a user can fix: what they hold, and the fix.
 FIXES = {
-    "DataLoader worker": "often for lack of memory: fewer --data.workers; the same command "
-                         "continues from the last checkpoint",
+    "DataLoader worker": "often out of memory: fewer --data.workers; the same command goes on",
     "OutOfMemoryError": "a smaller --run.micro-batch, or --run.checkpoint-activations",
     "deterministic implementation": "train without --run.deterministic",
-}  # fmt: skip
+}
 
 
 def run_command(main: Callable[[list[str]], None]) -> None:
@@ -224,17 +219,20 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         main(sys.argv[1:])
     except KeyboardInterrupt:
         message, status = "interrupted: the same command continues from the last checkpoint", 130
-    except (ValueError, OSError) as error:
-        if os.environ.get("BEVT_TRACEBACK"):
+    except (ValueError, OSError, RuntimeError) as error:
+        message = explain_error(error)
+        if not message or os.environ.get("BEVT_TRACEBACK"):
             raise
-        # A loader process wraps its error in a traceback: the last line is the error itself.
-        line = str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)
-        message = "error: " + re.sub(r"^[\w.]*Error: ", "", line)
-    except RuntimeError as error:
-        fix = next((fix for mark, fix in FIXES.items() if mark in repr(error)), "")
-        if not fix or os.environ.get("BEVT_TRACEBACK"):
-            raise
-        message = f"error: {str(error).splitlines()[0]} ({fix})"
     if message:  # outside of except: the error's frames, and their threads, are gone
         print(message, file=sys.stderr)
         raise SystemExit(status)
+
+
+def explain_error(error: Exception) -> str:
+    """Say an error in one line; nothing if it is a RuntimeError that its user can't fix."""
+    lines = str(error).strip().splitlines() or [repr(error)]
+    if isinstance(error, RuntimeError):
+        fixes = [fix for mark, fix in FIXES.items() if mark in repr(error)]
+        return f"error: {lines[0]} ({fixes[0]})" if fixes else ""
+    # A loader process wraps its error in a traceback: the last line is the error itself.
+    return "error: " + re.sub(r"^[\w.]*Error: ", "", lines[-1])

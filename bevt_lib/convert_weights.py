@@ -6,6 +6,7 @@ swin3d, or this kit's file or folder. OUT: a model folder of ours (``model.safet
 table of what was taken, what was left out, and why.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,7 +14,8 @@ from typing import Literal
 import torch
 from safetensors.torch import load_file
 
-from bevt_lib.cli import parse, run_command
+from bevt_lib import cli
+from bevt_lib.base.config import require
 from bevt_lib.model.bevt import BEVT
 from bevt_lib.model.classifier import Classifier
 from bevt_lib.weights.formats import Recognised, architecture, export
@@ -33,7 +35,7 @@ class Options:
 
 def main(arguments: list[str]) -> None:
     """Read the command line, convert, and print the table."""
-    given = parse(Options, arguments, "python -m bevt_lib.convert_weights", __doc__ or "")
+    given = cli.parse(Options, arguments, "python -m bevt_lib.convert_weights", __doc__ or "")
     print(convert(given.file, given.out, given.to))
 
 
@@ -48,9 +50,7 @@ def convert(source: Path, target: Path, format: str = "ours") -> str:
     beside = source / TOKENIZER_FILE
     if source.is_dir() and beside.exists():
         found.tokenizer = load_file(beside)
-    report = Report(taken=list(found.state))
-    for name, why in found.left_out.items():
-        report.put("left_out", name, why)
+    report = report_of(list(found.state), found.left_out)
     as_file = target.suffix in (".safetensors", ".pth")
     if format == "ours" and not as_file:
         model = build_model(found, source)
@@ -61,17 +61,20 @@ def convert(source: Path, target: Path, format: str = "ours") -> str:
             save_weights(found.tokenizer, target / TOKENIZER_FILE)
             report.taken += [f"tokenizer.{k}" for k in found.tokenizer]
     else:
-        if not as_file:
-            raise ValueError(f"{target}: {format} weights are a file: give .pth or .safetensors")
+        require(as_file, f"{target}: {format} weights are a file: give .pth or .safetensors")
         state = found.state
         if format != "ours":
             state, left = export(found.state, format, found.tokenizer)
-            report = Report(taken=[n for n in found.state if n not in left])
-            for name, why in left.items():
-                report.put("left_out", name, why)
+            report = report_of([name for name in found.state if name not in left], left)
         write_file(state, target, format)
         what = f"{format} weights {target}"
     return f"{source}: {found.format} weights\n{report.table()}\nwritten: {what}"
+
+
+def report_of(taken: list[str], left_out: Mapping[str, str]) -> Report:
+    """Report what was taken, and what was left out: {tensor: why}."""
+    why = {("left_out", name): reason for name, reason in left_out.items()}
+    return Report(taken=taken, left_out=list(left_out), why=why)
 
 
 def build_model(found: Recognised, source: Path) -> BEVT | Classifier:
@@ -84,10 +87,8 @@ def build_model(found: Recognised, source: Path) -> BEVT | Classifier:
         model = kind(**shape, released_quirks=needs_quirks(found))
         load_strict(model, found.state, str(source))
     except ValueError as error:
-        raise ValueError(
-            f"{source} is not a whole model ({error}): write a file, OUT.safetensors, and start a "
-            "training from it with --run.init"
-        ) from None
+        raise ValueError(f"{source} is not a whole model ({error}): write a file, OUT.safetensors, "
+                         "and start a training from it with --run.init") from None  # fmt: skip
     return model
 
 
@@ -108,4 +109,4 @@ def write_file(state: dict[str, torch.Tensor], target: Path, format: str) -> Non
 
 
 if __name__ == "__main__":
-    run_command(main)
+    cli.run_command(main)

@@ -16,16 +16,12 @@ from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 
-import torch
-
+from bevt_lib import cli, parts
 from bevt_lib.base import distributed
-from bevt_lib.base.config import Finetune, run_folder
-from bevt_lib.cli import choose, run_command, with_recipe
+from bevt_lib.base.config import Finetune, require
 from bevt_lib.datasets import sources
-from bevt_lib.parts import build_classifier
 from bevt_lib.presets import FINETUNE
-from bevt_lib.scoring import cost
-from bevt_lib.scoring.classes import ClassScore, score_split
+from bevt_lib.scoring import classes, cost
 from bevt_lib.training import checkpoint, loop
 from bevt_lib.weights.load import load_strict, read_weights
 
@@ -42,12 +38,7 @@ class Evaluate(Finetune):
 
 def with_switches(preset):
     """Give a preset the fields of :class:`Evaluate`."""
-
-    @wraps(preset)
-    def recipe() -> Evaluate:
-        return Evaluate(**vars(preset()))
-
-    return recipe
+    return wraps(preset)(lambda: Evaluate(**vars(preset())))
 
 
 PRESETS = {name: with_switches(preset) for name, preset in FINETUNE.items()}
@@ -55,75 +46,68 @@ PRESETS = {name: with_switches(preset) for name, preset in FINETUNE.items()}
 
 def main(arguments: list[str]) -> None:
     """Read the command line, then plan or evaluate."""
-    recipe = choose(PRESETS, arguments, "evaluate")
+    recipe = cli.choose(PRESETS, arguments, "evaluate")
     if recipe.run.dry_run:
-        print(with_recipe(plan(recipe), recipe))
-        return
+        return cli.print_plan(plan(recipe), recipe)
     with distributed.world():
         result, file = evaluate(recipe)
         if distributed.rank() == 0:
             print(f"{recipe.task} {recipe.split}: {result}; scores of each video in {file}")
 
 
-def evaluate(recipe: Evaluate) -> tuple[ClassScore, Path]:
+def evaluate(recipe: Evaluate) -> tuple[classes.ClassScore, Path]:
     """Score the model of ``run.init``; give the result and the file of scores.
 
     Raises ValueError without ``run.init``, for weights that don't fit, and where videos can't be
     read, unless ``allow_missing``.
     """
-    if not recipe.run.init:
-        raise ValueError("name the model to evaluate: --run.init MODEL")
-    if recipe.split not in ("val", "test", "test_unseen"):
-        raise ValueError(f"--split {recipe.split}: choose val, test or test_unseen")
-    if recipe.split != "test" and recipe.data.val_list:
-        raise ValueError(f"--split {recipe.split} is one of the embedded clips: drop it, or the "
-                         "--data.val-list")  # fmt: skip
+    init, split = recipe.run.init, recipe.split
+    require(init != "", "name the model to evaluate: --run.init MODEL")
+    embedded = split in ("val", "test", "test_unseen")
+    require(embedded, f"--split {split}: choose val, test or test_unseen")
+    text = f"--split {split} is one of the embedded clips: drop it, or the --data.val-list"
+    require(split == "test" or not recipe.data.val_list, text)
     loop.set_up(recipe.run)
-    sources.check_sources(recipe, [recipe.split])
-    source = weights_of(Path(recipe.run.init))
-    model = build_classifier(recipe).to(distributed.device())
+    sources.check_sources(recipe, [split])
+    source = weights_of(Path(init))
+    model = parts.build_classifier(recipe).to(distributed.device())
     load_strict(model, read_weights(source), str(source))
     sources.render_embedded(recipe)
-    file = Path(run_folder(recipe)) / f"scores_{recipe.split}.jsonl"
     if distributed.rank() == 0:
         print(f"model: {source}")
-    sources.print_origins({recipe.split: sources.labelled_items(recipe, recipe.split)})
-    result = score_split(recipe, model, recipe.split, recipe.run.test_clips, file)
-    if result.unread and distributed.rank() == 0:
+    sources.print_origins({split: sources.labelled_items(recipe, split)})
+    file = recipe.folder / f"scores_{split}.jsonl"
+    result = classes.score_split(recipe, model, split, recipe.run.test_clips, file)
+    missing = len(result.unread)
+    if missing and distributed.rank() == 0:
         print(*result.unread[:LISTED], sep="\n", file=sys.stderr)
-    if result.unread and not recipe.allow_missing:
-        raise ValueError(
-            f"{len(result.unread)} of {result.clips + len(result.unread)} videos can't be read "
-            f"(see {file}): fix them, or add --allow-missing for a figure without them"
-        )
+    require(not missing or recipe.allow_missing,
+            f"{missing} of {result.clips + missing} videos can't be read (see {file}): fix them, "
+            "or add --allow-missing for a figure without them")  # fmt: skip
     return result, file
 
 
 def weights_of(path: Path) -> Path:
     """Find the weights a path stands for: of a run's folder its latest checkpoint, or its model."""
-    if path.is_dir() and not (path / "model.safetensors").is_file():
-        found = checkpoint.latest(path)
-        if found is None and (path / "model").is_dir():
-            found = path / "model"
-        return found or path
-    return path
+    if not path.is_dir() or (path / "model.safetensors").is_file():
+        return path
+    model = path / "model"
+    return checkpoint.latest(path) or (model if model.is_dir() else path)
 
 
 def plan(recipe: Evaluate) -> str:
     """Describe an evaluation before its first video; only one's own list is read."""
     recipe, data = sources.plan_sources(recipe, [recipe.split])
-    with torch.device("meta"):
-        model = build_classifier(recipe)
+    _, items = parts.measure_items(recipe)
     views = recipe.test_clips * recipe.test_crops
     return cost.write({
         "preset": recipe.name,
         "model": recipe.run.init or "--run.init, not given yet",
         "videos": data[f"{recipe.split} data"],
-        "test views": f"{recipe.test_clips} clips x {recipe.test_crops} crops, "
-                      f"{recipe.views_at_once} at a time",
-        "one video": f"multiply-adds: {views} x {cost.clip_item(recipe, model).text}",
+        "test views": recipe.test_views,
+        "one video": f"multiply-adds: {views} x {items['clip'].text}",
     })  # fmt: skip
 
 
 if __name__ == "__main__":
-    run_command(main)
+    cli.run_command(main)

@@ -12,16 +12,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from bevt_lib import cli, parts
 from bevt_lib.base import distributed
-from bevt_lib.base.config import ClipSpec
+from bevt_lib.base.config import ClipSpec, require
 from bevt_lib.base.trainable import collate
-from bevt_lib.cli import parse, run_command
-from bevt_lib.datasets.items import LabelledClips, PretrainClips
+from bevt_lib.datasets import items
 from bevt_lib.datasets.lists import Entry
+from bevt_lib.model import masking
 from bevt_lib.model.bevt import BEVT, STRIDE
 from bevt_lib.model.classifier import Classifier
-from bevt_lib.model.masking import mask_budget, mask_in_time, tube_mask
-from bevt_lib.parts import shipped_tokenizer
 from bevt_lib.scoring.classes import score_views
 from bevt_lib.tokenizers.base import FrozenTokenizer, add_tokens
 from bevt_lib.tokenizers.load import load_tokenizer
@@ -42,13 +41,13 @@ class Options:
 
 def main(arguments: list[str]) -> None:
     """Read the command line and print what the model says."""
-    given = parse(Options, arguments, "python -m bevt_lib.predict", __doc__ or "")
+    given = cli.parse(Options, arguments, "python -m bevt_lib.predict", __doc__ or "")
     model = load_model(given.folder).to(distributed.device())
     if isinstance(model, Classifier):
         for name, probability in classify(model, given.video)[: given.top]:
             print(f"{probability:6.1%}  {name}")
         return
-    tokenizer = load_tokenizer(given.tokens or shipped_tokenizer()).to(distributed.device())
+    tokenizer = load_tokenizer(given.tokens or parts.shipped_tokenizer()).to(distributed.device())
     guess = name_hidden(model, tokenizer, given.video)
     right = (guess.named == guess.ids)[guess.hidden]
     print(f"{len(right)} of {guess.hidden.size} places hidden; {right.mean():.1%} named right")
@@ -57,10 +56,9 @@ def main(arguments: list[str]) -> None:
 def needs_views(model: BEVT | Classifier) -> ClipSpec:
     """Give how the model reads videos. Raises ValueError for a folder that doesn't say."""
     if model.views is None:
-        raise ValueError(
-            "the model's config.json doesn't say how to read a video: add, with its training's "
-            'values, "views": {"frames": 32, "interval": 2, "size": 224, "short": [224, 224]}'
-        )
+        raise ValueError("the model's config.json doesn't say how to read videos: add, with its "
+                         'own values, "views": {"frames": 32, "interval": 2, "size": 224, "short": '
+                         "[224, 224]}")  # fmt: skip
     return model.views
 
 
@@ -71,8 +69,8 @@ def classify(model: Classifier, video: str | Path) -> list[tuple[str, float]]:
     Reads it as ``model.views`` tells and averages the probabilities over the views. Raises
     BadFile for a file that can't be decoded, ValueError for a model without views.
     """
-    items = LabelledClips([Entry(Path(video), -1)], needs_views(model), seed=0, train=False)
-    pixels = torch.from_numpy(items.test_views(0))[None]
+    clips = items.LabelledClips([Entry(Path(video), -1)], needs_views(model), seed=0, train=False)
+    pixels = torch.from_numpy(clips.test_views(0))[None]
     model.eval()
     shares = score_views(model, pixels.to(next(model.parameters()).device))[0].tolist()
     return sorted(zip(model.classes, shares, strict=True), key=lambda pair: -pair[1])
@@ -95,23 +93,22 @@ def name_hidden(model: BEVT, tokenizer: FrozenTokenizer, video: str | Path, seed
     with another vocabulary than the tokenizer's.
     """
     spec = needs_views(model)
-    if tokenizer.vocab_size != model.token_head.out_features:
-        raise ValueError(
-            f"the model names {model.token_head.out_features} tokens, the tokenizer has "
-            f"{tokenizer.vocab_size}: give the one it was trained with (--tokens)"
-        )
+    named, known = model.token_head.out_features, tokenizer.vocab_size
+    require(named == known, f"the model names {named} tokens, the tokenizer has {known}: give the "
+                            "one it was trained with (--tokens)")  # fmt: skip
     side = spec.size // STRIDE
     grid = (spec.frames // model.frames_per_step["video"], side, side)
-    hide = partial(tube_mask, grid, target=mask_budget((side, side))[0], length=TUBE)
-    items = PretrainClips([Entry(Path(video), -1)], spec, input_size=side * tokenizer.factor,
-                          mask=hide, seed=seed)  # fmt: skip
-    sample = items.sample(0, 0)
-    device = next(model.parameters()).device
-    part = add_tokens({"video": collate([sample], device)}, tokenizer)["video"]
-    named = model.eval().predict("video", part["pixels"], part["mask"])[0]
-    hidden = mask_in_time(part["mask"], model.frames_per_step["video"])[0]
-    return Guess(sample, hidden.cpu().numpy(), part["ids"][0].cpu().numpy(), named.cpu().numpy())
+    target, _ = masking.mask_budget((side, side))
+    hide = partial(masking.tube_mask, grid, target=target, length=TUBE)
+    clips = items.PretrainClips([Entry(Path(video), -1)], spec, mask=hide, seed=seed,
+                                input_size=side * tokenizer.factor)  # fmt: skip
+    sample = clips.sample(0, 0)
+    batch = {"video": collate([sample], next(model.parameters()).device)}
+    part = add_tokens(batch, tokenizer)["video"]
+    guess = model.eval().predict("video", part["pixels"], part["mask"])[0]
+    hidden = masking.mask_in_time(part["mask"], model.frames_per_step["video"])[0]
+    return Guess(sample, *(x.cpu().numpy() for x in (hidden, part["ids"][0], guess)))
 
 
 if __name__ == "__main__":
-    run_command(main)
+    cli.run_command(main)

@@ -7,29 +7,22 @@ ours comes from the released configs or README of BEVT.
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import TypeVar
 
-from bevt_lib.base.config import (
-    Data,
-    Finetune,
-    Masking,
-    Model,
-    Optim,
-    Pretrain,
-    Run,
-    Tokens,
-    TrainPeco,
-    TrainTokenizer,
-)
+from bevt_lib.base import config
+from bevt_lib.base.config import Data, Finetune, Masking, Model, Optim, Pretrain, Run, Tokens
+
+Recipe = TypeVar("Recipe", bound=config.Recipe)
 
 RELEASED_NO_DECAY = (("relative_position_bias_table", 1.0, 0.0), ("norm", 1.0, 0.0))
 # Small models from small data: bias tables at ten times the rate (measured in the kit's pilot).
 LESSON_RULES = (("relative_position_bias_table", 10.0, 0.0), ("norm", 1.0, 0.0))
+lesson_optim = partial(Optim, clip_norm=3.0, rules=LESSON_RULES)
 
 # 96 px, window 3, grid 6x6: the paper's 224 px, window 7, grid 14x14, scaled by 3/7.
-LESSON_MODEL = Model(
-    embed_dim=24, depths=(1, 1, 3, 1), num_heads=(1, 2, 4, 8), window=(4, 3, 3),
-    drop_path=0.0, linear_std=0.0,
-)  # fmt: skip
+LESSON_MODEL = Model(embed_dim=24, depths=(1, 1, 3, 1), num_heads=(1, 2, 4, 8), window=(4, 3, 3),
+                     drop_path=0.0, linear_std=0.0)  # fmt: skip
 LESSON_DATA = Data(frames=8, interval=1, size=96, short=(98, 112))
 LESSON_TOKENS = Tokens(vocab_size=256)
 LESSON_MASKING = Masking(tube=(0.5, 0.75))  # of 4 time steps: each place is seen at some time
@@ -37,29 +30,26 @@ LESSON_MASKING = Masking(tube=(0.5, 0.75))  # of 4 time steps: each place is see
 # The lesson's pixels (the clips have no more); all 16 frames of a clip, the paper's 8 time steps.
 # The minutes below are those of scoring.cost, by Swin-B's share of the peak. Small matrices
 # reach a smaller one: hence the room up to 20 minutes.
-SMALL_MODEL = Model(
-    embed_dim=64, depths=(2, 2, 6, 2), num_heads=(2, 4, 8, 16), window=(8, 3, 3),
-    drop_path=0.1, linear_std=0.0,
-)  # fmt: skip
+SMALL_MODEL = Model(embed_dim=64, depths=(2, 2, 6, 2), num_heads=(2, 4, 8, 16), window=(8, 3, 3),
+                    drop_path=0.1, linear_std=0.0)  # fmt: skip
 SMALL_DATA = replace(LESSON_DATA, frames=16, workers=6)
 
 
-def lesson_dvae() -> TrainTokenizer:
+def lesson_dvae() -> config.TrainTokenizer:
     """DALL-E's tokenizer, narrow, with 256 token ids, on the embedded training pictures.
 
     Trains on 32 px views of 64 px crops, the scale at which BEVT shows it 48 px views of 96 px
     crops. After 4,500 steps with Gumbel noise, 2,500 choose ids as in use, without noise, and
     1,200 train the decoder alone to paint them. One CPU core; ours, no paper row.
     """
-    return TrainTokenizer(
+    return config.TrainTokenizer(
         name="lesson_dvae", data=replace(LESSON_DATA, size=64), tokens=LESSON_TOKENS,
         optim=Optim(lr=4e-3, weight_decay=0.0, images=32, steps=4500, warmup=100, clip_norm=3.0,
                     restarts=((2500, 0.5), (1200, 0.5)), rules=(("encoder", 0.5, 1.0),)),
-        hidden=32, blocks=1, kl_weight=(0.0, 0.0), balance_weight=0.1,
-    )  # fmt: skip
+        hidden=32, blocks=1, kl_weight=(0.0, 0.0), balance_weight=0.1)  # fmt: skip
 
 
-def lesson_peco() -> TrainPeco:
+def lesson_peco() -> config.TrainPeco:
     """PeCo's tokenizer with 256 codes, on the embedded training pictures, as BEVT shows them.
 
     Its perceptual network knows ImageNet's labels: see ``perceptual.py``, and take --perceptual
@@ -68,11 +58,10 @@ def lesson_peco() -> TrainPeco:
     colours 16.7), and *what* is read from its ids with 0.35 (0.35, 0.30; two seeds, standard error
     0.02; but 0.40 from the lesson dVAE's, 0.43 from k-means's): ``tokenizer_scores``.
     """
-    return TrainPeco(
+    return config.TrainPeco(
         name="lesson_peco", data=LESSON_DATA, tokens=LESSON_TOKENS,
         optim=Optim(lr=1e-3, weight_decay=0.0, images=16, steps=4000, warmup=100, clip_norm=3.0),
-        hidden=32, blocks=1, code_dim=32, perceptual_side=64, perceptual_weight=2.0,
-    )  # fmt: skip
+        hidden=32, blocks=1, code_dim=32, perceptual_side=64, perceptual_weight=2.0)  # fmt: skip
 
 
 def lesson_image() -> Pretrain:
@@ -80,8 +69,7 @@ def lesson_image() -> Pretrain:
     return Pretrain(
         name="lesson_image", streams=("image",), model=LESSON_MODEL, data=LESSON_DATA,
         tokens=LESSON_TOKENS, masking=LESSON_MASKING,
-        optim=Optim(lr=3e-3, images=32, steps=2200, warmup=100, clip_norm=3.0, rules=LESSON_RULES),
-    )  # fmt: skip
+        optim=lesson_optim(lr=3e-3, images=32, steps=2200, warmup=100))  # fmt: skip
 
 
 def lesson_joint() -> Pretrain:
@@ -91,21 +79,17 @@ def lesson_joint() -> Pretrain:
     """
     return Pretrain(
         name="lesson_joint", streams=("video", "image"), model=LESSON_MODEL, data=LESSON_DATA,
-        tokens=LESSON_TOKENS, masking=LESSON_MASKING,
-        optim=Optim(
-            lr=2e-3, clips=8, images=8, steps=1400, warmup=100, clip_norm=3.0, rules=LESSON_RULES
-        ),
-        keep_token_head=True, default_init="weights/lesson_image.safetensors", needs_init=True,
-    )  # fmt: skip
+        tokens=LESSON_TOKENS, masking=LESSON_MASKING, keep_token_head=True,
+        optim=lesson_optim(lr=2e-3, clips=8, images=8, steps=1400, warmup=100),
+        default_init="weights/lesson_image.safetensors", needs_init=True)  # fmt: skip
 
 
 def lesson_what() -> Finetune:
     """Recognise what moves (8 kinds of object). Two CPU cores; ours, no paper row."""
     return Finetune(
         name="lesson_what", task="what", num_classes=8, model=LESSON_MODEL, data=LESSON_DATA,
-        optim=Optim(lr=1e-3, clips=16, steps=800, warmup=100, clip_norm=3.0, rules=LESSON_RULES),
-        crop="random", test_clips=3, test_crops=1, default_init="weights/lesson_joint.safetensors",
-    )  # fmt: skip
+        optim=lesson_optim(lr=1e-3, clips=16, steps=800, warmup=100), crop="random",
+        test_clips=3, test_crops=1, default_init="weights/lesson_joint.safetensors")  # fmt: skip
 
 
 def lesson_how() -> Finetune:
@@ -116,7 +100,7 @@ def lesson_how() -> Finetune:
     return replace(lesson_what(), name="lesson_how", task="how", flip=False, antisymmetric=1.0)
 
 
-def small_dvae() -> TrainTokenizer:
+def small_dvae() -> config.TrainTokenizer:
     """A wider tokenizer with 1024 token ids, on 48 px inputs as BEVT shows them.
 
     One GPU, about 4 minutes on an A100 at the share of its peak that ``cost`` assumes for Swin.
@@ -125,12 +109,11 @@ def small_dvae() -> TrainTokenizer:
     --tokens.weights runs/small_dvae/tokenizer.safetensors.
     Ours, no paper row. Not run by us: no number to expect.
     """
-    return TrainTokenizer(
+    return config.TrainTokenizer(
         name="small_dvae", data=replace(LESSON_DATA, workers=6), tokens=Tokens(vocab_size=1024),
         optim=Optim(lr=2e-3, weight_decay=0.0, images=128, steps=6000, warmup=200, clip_norm=3.0,
                     restarts=((3000, 0.5), (1500, 0.5)), rules=(("encoder", 0.5, 1.0),)),
-        hidden=64, kl_weight=(0.0, 0.0), balance_weight=0.1,
-    )  # fmt: skip
+        hidden=64, kl_weight=(0.0, 0.0), balance_weight=0.1)  # fmt: skip
 
 
 def small_image() -> Pretrain:
@@ -143,9 +126,7 @@ def small_image() -> Pretrain:
     return Pretrain(
         name="small_image", streams=("image",), model=SMALL_MODEL, data=SMALL_DATA,
         tokens=LESSON_TOKENS,
-        optim=Optim(lr=1.5e-3, images=256, steps=6000, warmup=300, clip_norm=3.0,
-                    rules=LESSON_RULES),
-    )  # fmt: skip
+        optim=lesson_optim(lr=1.5e-3, images=256, steps=6000, warmup=300))  # fmt: skip
 
 
 def small_joint() -> Pretrain:
@@ -158,10 +139,8 @@ def small_joint() -> Pretrain:
     return Pretrain(
         name="small_joint", streams=("video", "image"), model=SMALL_MODEL, data=SMALL_DATA,
         tokens=LESSON_TOKENS,
-        optim=Optim(lr=1e-3, clips=64, images=64, steps=4000, warmup=200, clip_norm=3.0,
-                    rules=LESSON_RULES),
-        keep_token_head=True, needs_init=True,
-    )  # fmt: skip
+        optim=lesson_optim(lr=1e-3, clips=64, images=64, steps=4000, warmup=200),
+        keep_token_head=True, needs_init=True)  # fmt: skip
 
 
 def small_what() -> Finetune:
@@ -173,10 +152,8 @@ def small_what() -> Finetune:
     """
     return Finetune(
         name="small_what", task="what", num_classes=8, model=SMALL_MODEL, data=SMALL_DATA,
-        optim=Optim(lr=5e-4, clips=64, steps=3000, warmup=200, clip_norm=3.0, rules=LESSON_RULES),
-        crop="random",
-        test_clips=1,  # a view shows all frames
-        test_crops=1, val_epochs=5,
+        optim=lesson_optim(lr=5e-4, clips=64, steps=3000, warmup=200),
+        crop="random", val_epochs=5, test_crops=1, test_clips=1,  # a view shows all frames
     )  # fmt: skip
 
 
@@ -190,7 +167,7 @@ def small_how() -> Finetune:
     return replace(small_what(), name="small_how", task="how", flip=False, antisymmetric=1.0)
 
 
-def paper_dvae() -> TrainTokenizer:
+def paper_dvae() -> config.TrainTokenizer:
     """DALL-E's tokenizer by DALL-E's objective, on your own pictures.
 
     Paper: its ids are the targets of BEVT's main rows; with OpenAI's two files nothing is to train.
@@ -200,18 +177,17 @@ def paper_dvae() -> TrainTokenizer:
     average of the weights at 0.999. ASSUMED: ImageNet-1K in place of its 250 M pictures; its crops
     (short side 256 to 320); bf16 autocast. Not run by us: needs 64 GPUs and ImageNet-1K.
     """
-    return TrainTokenizer(
+    return config.TrainTokenizer(
         name="paper_dvae",
         data=Data(embedded=False, size=256, short=(256, 320), workers=8, expected_items=1_281_167),
         tokens=Tokens(),
         optim=Optim(lr=1e-4, weight_decay=1e-4, images=512, steps=3_000_000,
                     cosine_steps=1_200_000, last_share=0.0125, ema=0.001),
         temperature_steps=150_000, kl_steps=5_000, quick_start=False, view=256, watch_every=10_000,
-        run=Run(save_every=5_000),
-    )  # fmt: skip
+        run=Run(save_every=5_000))  # fmt: skip
 
 
-def paper_peco() -> TrainPeco:
+def paper_peco() -> config.TrainPeco:
     """PeCo's perceptual codebook on ImageNet-1K: 8,192 codes, 16 px an id (never released).
 
     Paper: its ids are the targets of BEVT's rows SSv2 71.4, K400 81.1. Command: torchrun on 8 GPUs
@@ -221,13 +197,12 @@ def paper_peco() -> TrainPeco:
     and 12, weights of the terms, batch 256, rate 1e-4, 100 epochs). Not run by us: needs 8 GPUs,
     ImageNet-1K and such a ViT. In BEVT: --tokens.weights FILE, whose factor sizes the view.
     """
-    return TrainPeco(
+    return config.TrainPeco(
         name="paper_peco", data=Data(embedded=False, workers=8, expected_items=1_281_167),
         tokens=Tokens(factor=16),
         optim=Optim(lr=1e-4, images=256, epochs=100, warmup=1, clip_norm=3.0),
         perceptual="vit_base_patch16_224", perceptual_levels=(2, 5, 8, 11), watch_every=5_000,
-        run=Run(save_every=5_000),
-    )  # fmt: skip
+        run=Run(save_every=5_000))  # fmt: skip
 
 
 def paper_image() -> Pretrain:
@@ -243,8 +218,7 @@ def paper_image() -> Pretrain:
         data=Data(embedded=False, jitter=0.4, workers=8, expected_items=1_281_167),
         tokens=Tokens(fp16=True),
         optim=Optim(lr=1.5e-3, images=2048, epochs=800, warmup=10, clip_norm=3.0,
-                    rules=RELEASED_NO_DECAY),
-    )  # fmt: skip
+                    rules=RELEASED_NO_DECAY))  # fmt: skip
 
 
 def paper_joint() -> Pretrain:
@@ -272,25 +246,20 @@ def paper_k400() -> Finetune:
     Paper: top-1 80.6 (DALL-E tokens), 81.1 (PeCo). 8 GPUs, 64 clips a step, 4 x 3 test views,
     layer decay 0.9 by the released rules. Not run by us: needs 8 GPUs and Kinetics-400.
     """
-    depths = (2, 2, 18, 2)
-    rules = [*RELEASED_NO_DECAY, ("backbone.norm", 0.9, 0.0)]
-    power = 1
-    for stage in (3, 2, 1, 0):
-        if stage < 3:
-            rules.append((f"backbone.layers.{stage}.downsample", 0.9**power, 1.0))
-            power += 1
-        for block in reversed(range(depths[stage])):
-            rules.append((f"backbone.layers.{stage}.blocks.{block}", 0.9**power, 1.0))
-            power += 1
-    rules.append(("backbone.patch_embed", 0.9**power, 1.0))
+    layers: list[str] = []  # from the head down
+    for stage, depth in ((3, 2), (2, 18), (1, 2), (0, 2)):
+        layers += [f"layers.{stage}.downsample"] if stage < 3 else []
+        layers += [f"layers.{stage}.blocks.{block}" for block in reversed(range(depth))]
+    layers.append("patch_embed")
+    decay = [(f"backbone.{name}", 0.9**power, 1.0) for power, name in enumerate(layers, 1)]
     return Finetune(
         name="paper_k400", task="k400", num_classes=400, model=Model(),
         data=Data(embedded=False, frames=32, interval=2, short=(256, 256), workers=8,
                   expected_items=240_000),
         optim=Optim(lr=3e-4, weight_decay=0.001, clips=64, epochs=60, warmup=2.5, stairs=True,
-                    clip_norm=40.0, rules=tuple(rules)),
-        dropout=0.5, views_at_once=4, val_epochs=5, run=Run(micro_batch=2),
-    )  # fmt: skip
+                    clip_norm=40.0,
+                    rules=(*RELEASED_NO_DECAY, ("backbone.norm", 0.9, 0.0), *decay)),
+        dropout=0.5, views_at_once=4, val_epochs=5, run=Run(micro_batch=2))  # fmt: skip
 
 
 def paper_ssv2() -> Finetune:
@@ -311,10 +280,9 @@ def paper_ssv2() -> Finetune:
         data=Data(embedded=False, frames=32, short=(256, 256), workers=8, expected_items=168_913),
         optim=Optim(lr=5e-4, clips=64, epochs=60, warmup=2.5, stairs=True,
                     rules=(*RELEASED_NO_DECAY, ("backbone", 0.1, 1.0)),
-                    ema=1 - (1 - 0.0002) ** 8),
-        smoothing=0.1, dropout=0.5, flip=False, sampling="uniform", rand_augment=(4, 7),
-        erasing=0.25, test_clips=1, views_at_once=2, val_epochs=5, run=Run(micro_batch=1),
-    )  # fmt: skip
+                    ema=1 - (1 - 0.0002) ** 8), smoothing=0.1,
+        dropout=0.5, flip=False, sampling="uniform", rand_augment=(4, 7), erasing=0.25,
+        test_clips=1, views_at_once=2, val_epochs=5, run=Run(micro_batch=1))  # fmt: skip
 
 
 def paper_diving48() -> Finetune:
@@ -330,16 +298,13 @@ def paper_diving48() -> Finetune:
     return replace(recipe, name="paper_diving48", task="diving48", num_classes=48, data=data)
 
 
-PRETRAIN = {
-    f.__name__: f
-    for f in (lesson_image, lesson_joint, small_image, small_joint, paper_image, paper_joint)
-}
-FINETUNE = {
-    f.__name__: f
-    for f in (
-        lesson_how, lesson_what, small_how, small_what, paper_k400, paper_ssv2, paper_diving48,
-    )
-}  # fmt: skip
-TRAIN_TOKENIZER: dict[str, Callable[[], TrainTokenizer | TrainPeco]] = {
-    f.__name__: f for f in (lesson_dvae, lesson_peco, small_dvae, paper_dvae, paper_peco)
-}
+def by_name(*presets: Callable[[], Recipe]) -> dict[str, Callable[[], Recipe]]:
+    """Give presets as {name: preset}, in this order."""
+    return {preset.__name__: preset for preset in presets}
+
+
+PRETRAIN = by_name(lesson_image, lesson_joint, small_image, small_joint, paper_image, paper_joint)
+FINETUNE = by_name(
+    lesson_how, lesson_what, small_how, small_what, paper_k400, paper_ssv2, paper_diving48
+)
+TRAIN_TOKENIZER = by_name(lesson_dvae, lesson_peco, small_dvae, paper_dvae, paper_peco)

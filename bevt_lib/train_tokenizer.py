@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bevt_lib import cli, presets
 from bevt_lib.base import distributed
-from bevt_lib.base.config import Optim, TrainPeco, TrainTokenizer, flatten, run_folder
+from bevt_lib.base.config import Optim, TrainPeco, TrainTokenizer, flatten
 from bevt_lib.base.seeds import Purpose, Stream, seeded_globals, torch_generator
 from bevt_lib.base.trainable import Batch, collate
 from bevt_lib.datasets import items, lists, sources
@@ -33,12 +33,11 @@ def main(arguments: list[str]) -> None:
     """Read the command line, then plan or train."""
     recipe = cli.choose(presets.TRAIN_TOKENIZER, arguments, "train_tokenizer")
     if recipe.run.dry_run:
-        print(cli.with_recipe(plan(recipe), recipe))
-        return
+        return cli.print_plan(plan(recipe), recipe)
     with distributed.world():
         model, history = train(recipe)
         if distributed.rank() == 0:
-            path = Path(run_folder(recipe)) / "tokenizer.safetensors"
+            path = recipe.folder / "tokenizer.safetensors"
             model.tokenizer().save(path)
             last = history[-1]
             print(f"step {last['step'] + 1}: loss {last['loss']:.3f}; tokenizer in {path}")
@@ -125,7 +124,7 @@ def train(recipe: Recipe) -> tuple[base.TrainableTokenizer, list[Numbers]]:
     loop.set_up(recipe.run)
     sources.check_sources(recipe)
     sources.render_embedded(recipe)
-    seed, folder = recipe.run.seed, Path(run_folder(recipe))
+    seed, folder = recipe.run.seed, recipe.folder
     # Data, without those held out.
     entries, held, origin = split_entries(recipe)
     pictures = pictures_of(recipe, entries, origin)

@@ -299,7 +299,7 @@ def test_a_run_that_was_stopped_is_not_tested(validated, tmp_path, capsys, monke
     """Stopped as asked: tested on so many clips as --run.test-clips says. By SIGTERM: not."""
     _, options, _ = validated
     seen = []
-    monkeypatch.setattr(finetune, "score_split", lambda recipe, model, **_: seen.append(1))
+    monkeypatch.setattr(classes, "score_split", lambda recipe, model, **_: seen.append(1))
     for stop, clips, done, tested in (
         (0, 0, 6, True), (0, 0, 5, False), (0, 8, 5, False),
         (3, 0, 3, False), (3, 8, 3, True), (3, 8, 2, False),

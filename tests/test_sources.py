@@ -69,7 +69,7 @@ def test_missing_half_and_unused_data_are_refused_before_anything_is_done(words,
 
 
 def test_a_wrong_decoder_and_a_missing_one_are_told_in_one_line(monkeypatch):
-    with pytest.raises(ValueError, match="auto, pyav or decord, got 'opencv'"):
+    with pytest.raises(ValueError, match="auto, pyav, decord, got 'opencv'"):
         Data(decoder="opencv")
     monkeypatch.setitem(sys.modules, "decord", None)
     for command, (module, presets) in COMMANDS.items():

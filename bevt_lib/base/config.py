@@ -7,7 +7,19 @@ beside a field, or above it where it is long, is the field's text in ``PRESET --
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+
+def require(holds: bool, message: str) -> None:
+    """Raise ValueError with this message unless something holds."""
+    if not holds:
+        raise ValueError(message)
+
+
+def require_one_of(field: str, value: str, *known: str) -> None:
+    """Raise ValueError unless a field's value is a known one."""
+    require(value in known, f"{field} is one of {', '.join(known)}, got {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +50,10 @@ class ClipSpec:
     crops: int = 1  # and in space
 
     def __post_init__(self) -> None:
-        if self.sampling not in ("dense", "uniform"):
-            raise ValueError(f"sampling must be dense or uniform, got {self.sampling!r}")
-        if self.crops not in (1, 3):
-            raise ValueError(f"test crops must be 1 or 3, got {self.crops}")
-        if self.sampling == "uniform" and self.clips != 1:
-            raise ValueError(f"uniform sampling has 1 test clip, not {self.clips}: --test-clips 1")
+        require_one_of("sampling", self.sampling, "dense", "uniform")
+        require(self.crops in (1, 3), f"test crops must be 1 or 3, got {self.crops}")
+        text = f"uniform sampling has 1 test clip, not {self.clips}: --test-clips 1"
+        require(self.sampling == "dense" or self.clips == 1, text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +82,10 @@ class Data:
     expected_items: int = 0  # items in the first stream's data set, for the plan of a run
 
     def __post_init__(self) -> None:
-        if self.decoder not in ("auto", "pyav", "decord"):
-            raise ValueError(f"data.decoder is auto, pyav or decord, got {self.decoder!r}")
-        if not 0 <= self.bad_share <= 1 or self.timeout < 0:
-            raise ValueError("bad_share is a share of the items, 0 to 1, timeout 0 or more seconds")
+        require_one_of("data.decoder", self.decoder, "auto", "pyav", "decord")
+        text = f"data.bad_share is a share of the items, 0 to 1, got {self.bad_share}"
+        require(0 <= self.bad_share <= 1, text)
+        require(self.timeout >= 0, f"data.timeout is 0 or more seconds, got {self.timeout}")
 
     def clip_spec(self, **tests: Any) -> ClipSpec:
         """Give how clips are cut; ``tests``: the fields of ClipSpec that only tests read."""
@@ -136,15 +146,11 @@ class Optim:
     ema: float = 0.0  # share of the new weights taken into the average after each step; 0: none
 
     def __post_init__(self) -> None:
-        if bool(self.steps) == bool(self.epochs):
-            raise ValueError("give the length as optim.steps or optim.epochs, 0 for the other")
-        if self.lr <= 0:
-            raise ValueError(f"optim.lr must be positive, got {self.lr}")
-        if self.clips + self.images < 1:
-            raise ValueError("optim.clips and optim.images are both 0: there is nothing to train")
-
-
-PRECISIONS = ("auto", "bf16", "fp16", "fp32", "fp64")
+        one = bool(self.steps) != bool(self.epochs)
+        require(one, "give the length as optim.steps or optim.epochs, 0 for the other")
+        require(self.lr > 0, f"optim.lr must be positive, got {self.lr}")
+        empty = self.clips + self.images < 1
+        require(not empty, "optim.clips and optim.images are both 0: there is nothing to train")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,25 +175,33 @@ class Run:
     processes: int = 0  # processes to plan for in a dry run; 0: those of this command
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            known = ", ".join(PRECISIONS)
-            raise ValueError(f"run.precision is one of {known}, got {self.precision!r}")
-        if self.save_every < 1 or self.keep < 1:
-            raise ValueError("run.save_every and run.keep are 1 or more")
+        require_one_of("run.precision", self.precision, "auto", "bf16", "fp16", "fp32", "fp64")
+        require(min(self.save_every, self.keep) > 0, "run.save_every and run.keep are 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pretrain:
-    """Image-stream or joint pretraining."""
+class Recipe:
+    """What all recipes hold."""
 
     name: str  # of the recipe; runs/<name> is the run's folder by default
+    data: Data
+    optim: Optim
+    run: Run = field(default_factory=Run)
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder: ``run.folder`` or runs/<name>."""
+        return Path(self.run.folder or f"runs/{self.name}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrain(Recipe):
+    """Image-stream or joint pretraining."""
+
     streams: tuple[str, ...]  # video, image or both; the first one's items make epochs
     model: Model
-    data: Data
     tokens: Tokens
-    optim: Optim
     masking: Masking = field(default_factory=Masking)
-    run: Run = field(default_factory=Run)
     keep_token_head: bool = False  # the start's token head is kept; the released code starts fresh
     default_init: str = ""  # weights under data/ to start from when run.init is empty
     needs_init: bool = False  # true: refuse to start from random weights
@@ -200,15 +214,12 @@ class Pretrain:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finetune:
+class Finetune(Recipe):
     """Supervised recognition of what or how."""
 
-    name: str  # of the recipe; runs/<name> is the run's folder by default
     task: str  # what or how: those labels of the embedded clips; another name: your lists' labels
     num_classes: int  # classes of the lists, numbered from 0
     model: Model
-    data: Data
-    optim: Optim
     smoothing: float = 0.0  # label smoothing: share of the target spread over all classes
     dropout: float = 0.0  # share of the features dropped before the head
     flip: bool = True  # mirror every second training clip; not for motions: left would become right
@@ -222,22 +233,26 @@ class Finetune:
     rand_augment: tuple[int, int] = (0, 0)  # RandAugment in training: operations, magnitude 0 to 30
     erasing: float = 0.0  # share of the training clips in which a box is erased
     antisymmetric: float = 0.0  # share of the 3D patch filters that start (+w, -w) in time
-    run: Run = field(default_factory=Run)
     default_init: str = ""  # weights under data/ to start from when run.init is empty
 
     def __post_init__(self) -> None:
         operations, magnitude = self.rand_augment
-        if operations < 0 or not 0 <= magnitude <= 30:
-            raise ValueError("rand_augment is OPERATIONS,MAGNITUDE with a magnitude of 0 to 30")
-        if not 0 <= self.erasing <= 1:
-            raise ValueError(f"erasing is a share of the clips, 0 to 1, got {self.erasing}")
-        if self.views_at_once < 1 or self.val_epochs < 0:
-            raise ValueError("views_at_once is 1 or more, val_epochs 0 or more")
+        valid = operations >= 0 and 0 <= magnitude <= 30
+        require(valid, "rand_augment is OPERATIONS,MAGNITUDE with a magnitude of 0 to 30")
+        share = 0 <= self.erasing <= 1
+        require(share, f"erasing is a share of the clips, 0 to 1, got {self.erasing}")
+        require(self.views_at_once > 0, f"views_at_once is 1 or more, got {self.views_at_once}")
+        require(self.val_epochs >= 0, f"val_epochs is 0 or more, got {self.val_epochs}")
 
     @property
     def batches(self) -> dict[str, int]:
         """The clips per optimiser step."""
         return {"clip": self.optim.clips}
+
+    @property
+    def test_views(self) -> str:
+        """The views of a test video in words."""
+        return f"{self.test_clips} clips x {self.test_crops} crops, {self.views_at_once} at a time"
 
     def clip_spec(self) -> ClipSpec:
         """Give how clips are cut, in training and in tests."""
@@ -247,13 +262,18 @@ class Finetune:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainTokenizer:
-    """A dVAE by the Gumbel-softmax relaxation. Empty ``data.image_root``: the embedded pictures."""
+class TokenizerRecipe(Recipe):
+    """What both tokenizers' recipes hold. Empty ``data.image_root``: the embedded pictures."""
 
-    name: str  # of the recipe; runs/<name> is the run's folder by default
-    data: Data
     tokens: Tokens
-    optim: Optim
+    view: int = 0  # side of the tokenizer's input, pixels; 0: as BEVT makes it of a data.size crop
+    watch_every: int = 500  # steps between two scores on held-out pictures; 0: at the end only
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTokenizer(TokenizerRecipe):
+    """A dVAE by the Gumbel-softmax relaxation."""
+
     hidden: int = 256  # channels of the first group of layers: DALL-E's n_hid
     blocks: int = 2  # residual blocks in each group of layers: DALL-E's n_blk_per_group
     temperature: tuple[float, float] = (1.0, 0.0625)  # of the Gumbel-softmax: start and end
@@ -262,19 +282,12 @@ class TrainTokenizer:
     kl_steps: int = 0  # steps from start to end; 0: four fifths of optim.steps
     balance_weight: float = 0.0  # weight of using all token ids equally often; not in DALL-E
     quick_start: bool = True  # ours, for short runs: start codes by k-means, branches at full size
-    view: int = 0  # side of the tokenizer's input, pixels; 0: as BEVT makes it of a data.size crop
-    watch_every: int = 500  # steps between two scores on held-out pictures; 0: at the end only
-    run: Run = field(default_factory=Run)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainPeco:
-    """A VQ-VAE with a perceptual loss. Empty ``data.image_root``: the embedded pictures."""
+class TrainPeco(TokenizerRecipe):
+    """A VQ-VAE with a perceptual loss."""
 
-    name: str  # of the recipe; runs/<name> is the run's folder by default
-    data: Data
-    tokens: Tokens
-    optim: Optim
     hidden: int = 128  # channels at half the resolution; twice as many below
     blocks: int = 2  # residual blocks at each resolution
     code_dim: int = 256  # numbers in a code
@@ -284,12 +297,9 @@ class TrainPeco:
     # side to which pictures are resized for it, pixels; 0: as the tokenizer sees them
     perceptual_side: int = 0
     perceptual_weight: float = 1.0  # weight of the perceptual loss beside the pixels'
-    view: int = 0  # side of the tokenizer's input, pixels; 0: as BEVT makes it of a data.size crop
-    watch_every: int = 500  # steps between two scores on held-out pictures; 0: at the end only
-    run: Run = field(default_factory=Run)
 
 
-Recipe = Pretrain | Finetune | TrainTokenizer | TrainPeco
+RECIPES = (Pretrain, Finetune, TrainTokenizer, TrainPeco)
 
 # Fields, by the beginnings of their names, that mean nothing to a command: not options of it.
 UNUSED = {
@@ -297,31 +307,21 @@ UNUSED = {
     "finetune": ("data.jitter", "data.image_", "optim.images", "optim.loss_weights"),
     "evaluate": (
         "data.jitter", "data.image_", "data.video_list", "data.bad_share", "data.expected_items",
-        "model.drop_path", "model.linear_std", "optim", "smoothing", "dropout", "flip",
-        "crop", "rand_augment", "erasing", "val_epochs", "antisymmetric", "default_init",
-        "run.stop_after", "run.save_every", "run.keep", "run.micro_batch", "run.precision",
-        "run.checkpoint_", "run.compile",
-    ),
+        "model.drop_path", "model.linear_std", "optim", "smoothing", "dropout", "flip", "crop",
+        "rand_augment", "erasing", "val_epochs", "antisymmetric", "default_init", "run.stop_after",
+        "run.save_every", "run.keep", "run.micro_batch", "run.precision", "run.checkpoint_",
+        "run.compile"),
     "train_tokenizer": (
         "data.frames", "data.interval", "data.jitter", "data.video_", "data.image_list",
-        "data.val_list", "data.class_list", "tokens.weights", "tokens.fp16",
-        "optim.clips", "optim.loss_weights", "run.init", "run.test_clips",
-    ),
+        "data.val_list", "data.class_list", "tokens.weights", "tokens.fp16", "optim.clips",
+        "optim.loss_weights", "run.init", "run.test_clips"),
 }  # fmt: skip
 
 
 def flatten(recipe: Any, prefix: str = "") -> dict[str, Any]:
     """List a recipe's fields as {"section.field": value}, in order."""
     flat: dict[str, Any] = {}
-    for f in dataclasses.fields(recipe):
-        value = getattr(recipe, f.name)
-        if dataclasses.is_dataclass(value):
-            flat |= flatten(value, f"{prefix}{f.name}.")
-        else:
-            flat[prefix + f.name] = value
+    for name, value in vars(recipe).items():
+        section = dataclasses.is_dataclass(value)
+        flat |= flatten(value, f"{prefix}{name}.") if section else {prefix + name: value}
     return flat
-
-
-def run_folder(recipe: Recipe) -> str:
-    """Give a run's folder: ``run.folder`` or runs/<preset>."""
-    return recipe.run.folder or f"runs/{recipe.name}"

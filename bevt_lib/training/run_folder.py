@@ -80,7 +80,7 @@ def default_value(key: str, otherwise: Any) -> Any:
     """Give the default of a recipe's field, as in JSON; ``otherwise`` if it has none."""
     section, _, name = key.rpartition(".")
     kind = getattr(config, section.capitalize(), None)
-    kinds = [kind] if kind else config.Recipe.__args__
+    kinds = [kind] if kind else config.RECIPES
     defaults = {f.name: f.default for kind in kinds for f in dataclasses.fields(kind)}
     value = defaults.get(name, dataclasses.MISSING)
     return otherwise if value is dataclasses.MISSING else json.loads(json.dumps(value))
