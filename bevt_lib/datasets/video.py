@@ -50,22 +50,26 @@ class BadFile(ValueError):
         self.kind = kind
 
 
+class VideoError(BadFile):
+    """A video that can't be read."""
+
+
 class Video:
     """An open video: ``len(video)`` frames, ``video.frames(indices)`` decodes some of them.
 
-    Opening reads all packets and decodes nothing. Raises BadFile for a file that is missing, not
+    Opening reads all packets and decodes nothing. Raises VideoError for a file that is missing, not
     a valid video, truncated, or without frames.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         if not self.path.is_file():
-            raise BadFile(f"{path}: no such video file; check the list and its root", "missing")
+            raise VideoError(f"{path}: no such video file; check the list and its root", "missing")
         self._pictures: list[av.VideoFrame] = []
         with self._one_line():
             self._container = av.open(str(self.path))
             if not self._container.streams.video:
-                raise BadFile(f"{self.path}: holds no video; remove it from the list")
+                raise VideoError(f"{self.path}: holds no video; remove it from the list")
             self._stream = self._container.streams.video[0]
             self._stream.codec_context.thread_count = 1
             self._packets = [p for p in self._container.demux(self._stream) if p.size]
@@ -90,7 +94,7 @@ class Video:
         """Decode the frames at ``indices`` (0 .. len - 1): uint8 (len(indices), H, W, 3)."""
         chosen = np.asarray(indices, dtype=np.int64)
         if not chosen.size or chosen.min() < 0 or chosen.max() >= len(self):
-            raise BadFile(f"{self.path}: frames {chosen.tolist()}: choose from 0..{len(self) - 1}")
+            raise VideoError(f"{self.path}: frames {chosen.tolist()}: choose from 0..{len(self) - 1}")
         unique, places = np.unique(chosen, return_inverse=True)
         if decoder == "decord":  # "auto" means PyAV: in bench 1.5 to 1.7 times as fast
             return self._by_decord(unique)[places]
@@ -102,7 +106,7 @@ class Video:
         return np.array([pixels[place] for place in places])
 
     def count(self) -> int:
-        """Decode every frame, keep none, and count them. Raises BadFile as opening does."""
+        """Decode every frame, keep none, and count them. Raises VideoError as opening does."""
         with self._one_line():
             sizes = [(p.width, p.height) for p in self._pictures or self._play()]
         self._check_share(len(sizes))
@@ -150,7 +154,7 @@ class Video:
     def _by_decord(self, unique: np.ndarray) -> np.ndarray:
         """Decode the frames at ``unique``, ascending, by decord; see the module's docstring.
 
-        Raises BadFile for a file of which decord would give other frames than PyAV, or none.
+        Raises VideoError for a file of which decord would give other frames than PyAV, or none.
         """
         decord = import_decord()
         context = self._stream.codec_context
@@ -168,7 +172,7 @@ class Video:
             }
             if any(unlike.values()):
                 reasons = ", ".join(reason for reason, holds in unlike.items() if holds)
-                raise BadFile(f"{self.path}: decord reads this kind of video differently from "
+                raise VideoError(f"{self.path}: decord reads this kind of video differently from "
                                  f"PyAV ({reasons}): set --data.decoder pyav")  # fmt: skip
             if self._times and self._gops_are_closed():
                 return reader.get_batch(unique).asnumpy()
@@ -179,7 +183,7 @@ class Video:
             return np.concatenate(parts)
         except decord.DECORDError:
             what = "decord can't read this video: set --data.decoder pyav"
-            raise BadFile(f"{self.path}: {what}") from None
+            raise VideoError(f"{self.path}: {what}") from None
 
     def _gops_are_closed(self) -> bool:
         """Say whether all frames behind a key frame in the file are also shown after it."""
@@ -188,9 +192,9 @@ class Video:
         return bool((first_shown >= times)[[p.is_keyframe for p in self._shown]].all())
 
     def _check_share(self, held: int) -> None:
-        """Raise BadFile where there is no frame, or fewer than MIN_FRAME_SHARE of them."""
+        """Raise VideoError where there is no frame, or fewer than MIN_FRAME_SHARE of them."""
         if not held:
-            raise BadFile(f"{self.path}: holds no video frame; remove it from the list")
+            raise VideoError(f"{self.path}: holds no video frame; remove it from the list")
         share = held / self.promised if self.promised > 0 else 1.0
         if self.promised <= 0 and self._container.duration:  # by the seconds that it promises
             ends = [p.pts + (p.duration or 0) for p in self._packets if p.pts is not None]
@@ -206,15 +210,15 @@ class Video:
 
     @contextmanager
     def _one_line(self) -> Iterator[None]:
-        """Raise errors of FFmpeg as a BadFile."""
+        """Raise errors of FFmpeg as a VideoError."""
         try:
             yield
         except (av.FFmpegError, OSError) as error:
             raise self._damaged(error.strerror or str(error)) from None
 
-    def _damaged(self, reason: str, kind: str = "undecodable") -> BadFile:
+    def _damaged(self, reason: str, kind: str = "undecodable") -> VideoError:
         what = f"is not a valid video, damaged or truncated ({reason})"
-        return BadFile(f"{self.path}: {what}; copy it again or remove it from the list", kind)
+        return VideoError(f"{self.path}: {what}; copy it again or remove it from the list", kind)
 
 
 def with_timeout(seconds: float, work: Callable[[], Result], path: Path) -> Result:
