@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> None:
 def needs_views(model: BEVT | Classifier) -> ClipSpec:
     """Give how the model reads videos. Raises ValueError for a folder that doesn't say."""
     if model.views is None:
-        raise ValueError("the model's config.json doesn't say how to read videos: add, with its own "
+        raise ValueError("the model's config.json doesn't say how to read videos: add, with its "
                          'values, "views": {"frames": 32, "interval": 2, "size": 224, "short": '
                          "[224, 224]}")  # fmt: skip
     return model.views

@@ -246,7 +246,7 @@ def test_pretraining_clips_take_frames_at_the_interval(counting):
 def test_a_crop_must_be_named_rightly(counting):
     with pytest.raises(ValueError, match="random_resized or random, got 'center'"):
         whole_crops(counting, train=True, flip=False, crop="center")
-    with pytest.raises(ValueError, match="dense or uniform, got 'unifrom'"):
+    with pytest.raises(ValueError, match="dense, uniform, got 'unifrom'"):
         whole_crops(counting, train=True, flip=False, sampling="unifrom")
 
 

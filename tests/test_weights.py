@@ -16,13 +16,13 @@ import torch
 import torchvision
 from golden_numbers import CASES, FOLDER, arrays, rule_weight
 
-from bevt_lib import parts, pretrain
+from bevt_lib import parts
 from bevt_lib.base.config import ClipSpec
 from bevt_lib.convert_weights import convert
 from bevt_lib.model import classifier
 from bevt_lib.model.bevt import BEVT
 from bevt_lib.model.classifier import Classifier
-from bevt_lib.presets import FINETUNE, lesson_image, lesson_joint
+from bevt_lib.presets import FINETUNE, PRETRAIN, lesson_image, lesson_joint
 from bevt_lib.tokenizers.dalle import build
 from bevt_lib.weights.formats import architecture, export, recognise, released_name, window_of
 from bevt_lib.weights.load import (
@@ -186,7 +186,7 @@ def test_full_size_state_dicts_have_the_released_names_and_shapes(file, parity):
     name = PRESETS[file.removeprefix("j_state_dict_").removesuffix(".json")]
     with torch.device("meta"):
         if name == "paper_joint":
-            model = parts.build_bevt(pretrain.PRETRAIN[name]())
+            model = parts.build_bevt(PRETRAIN[name]())
         else:
             model = parts.build_classifier(FINETUNE[name]())
     tokenizer = {}
