@@ -16,7 +16,7 @@ import torch
 import torchvision
 from golden_numbers import CASES, FOLDER, arrays, rule_weight
 
-from bevt_lib import parts, pretrain
+from bevt_lib import parts
 from bevt_lib.base.config import ClipSpec
 from bevt_lib.convert_weights import convert
 from bevt_lib.model import classifier

@@ -204,6 +204,7 @@ class Positions(Dataset):
 
     def __init__(self, items: Items, *, seed: int, stream: Stream, workers: int = 0):
         self.items, self.seed, self.stream, self.workers = items, seed, stream, workers
+        self.entries: Sequence[Entry] | None = getattr(items, "entries", None)
         self._order: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
@@ -211,8 +212,12 @@ class Positions(Dataset):
 
     def fingerprint(self) -> str:
         """Sum up what a resumed run must find again: how many items, and which."""
-        entries = getattr(self.items, "entries", None)
+        entries = self.entries
         return entries.fingerprint() if isinstance(entries, Entries) else f"{len(self):,}"
+
+    def name(self, index: int) -> str:
+        """Name an item: its file's path, if it has one."""
+        return str(self.entries[index].path) if self.entries else f"item {index}"
 
     def index_at(self, position: int) -> tuple[int, int]:
         """Give (epoch, index) of a position."""
@@ -240,9 +245,7 @@ class Positions(Dataset):
                 rng = numpy_generator(self.seed, Purpose.REPLACE, self.stream, position, attempt)
                 index = (index + int(rng.integers(1, len(self.items)))) % len(self.items)
                 attempt += 1
-                entries = getattr(self.items, "entries", None)
-                other = entries[index].path if entries else f"item {index}"
-                sys.stderr.write(f"bad file: {error}; instead of it: {other}\n")
+                sys.stderr.write(f"bad file: {error}; instead of it: {self.name(index)}\n")
 
 
 def step_batches(

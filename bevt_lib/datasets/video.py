@@ -94,7 +94,9 @@ class Video:
         """Decode the frames at ``indices`` (0 .. len - 1): uint8 (len(indices), H, W, 3)."""
         chosen = np.asarray(indices, dtype=np.int64)
         if not chosen.size or chosen.min() < 0 or chosen.max() >= len(self):
-            raise VideoError(f"{self.path}: frames {chosen.tolist()}: choose from 0..{len(self) - 1}")
+            raise VideoError(
+                f"{self.path}: frames {chosen.tolist()}: choose from 0..{len(self) - 1}"
+            )
         unique, places = np.unique(chosen, return_inverse=True)
         if decoder == "decord":  # "auto" means PyAV: in bench 1.5 to 1.7 times as fast
             return self._by_decord(unique)[places]

@@ -221,23 +221,6 @@ def read_run(folder: str | Path) -> dict[str, Curve]:
             for name, found in columns.items()}  # fmt: skip
 
 
-def tell_run(folder: str | Path, window: int = 25, points: str = "val/top1") -> str:
-    """Sum a run up in one line: steps, each stream's loss at both ends, the best validation.
-
-    The losses are means of the first and the last ``window`` steps.
-    """
-    run = read_run(folder)
-    losses = [name for name in run if name.endswith("/loss") and not name.startswith("val/")]
-    parts = [f"{Path(folder).name}: {run[losses[0]][0][-1] + 1} steps"]
-    for name in losses:
-        values = run[name][1]
-        parts.append(f"{name} {values[:window].mean():.3f} -> {values[-window:].mean():.3f}")
-    if points in run:
-        steps, values = run[points]
-        parts.append(f"best {points} {values.max():.3f} at step {steps[values.argmax()]}")
-    return ", ".join(parts)
-
-
 def show_runs(
     folders: Sequence[str | Path], *, window: int = 25, points: str = "val/top1"
 ) -> plt.Figure:

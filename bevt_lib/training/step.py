@@ -207,6 +207,4 @@ class Update:
 
     def _name(self, stream: str, position: int) -> str:
         items = self.task.sources[stream].items
-        entries = getattr(items.items, "entries", None)
-        path = f" ({entries[items.index_at(position)[1]].path})" if entries else ""
-        return f"{stream} {position}{path}"
+        return f"{stream} {position} ({items.name(items.index_at(position)[1])})"
