@@ -13,7 +13,7 @@ import re
 import sys
 import textwrap
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ ABOUT_FILES = """
 """
 
 
-def choose(presets: dict[str, Callable[[], Any]], arguments: Sequence[str], command: str) -> Any:
+def choose(presets: Mapping[str, Callable[[], Any]], arguments: Sequence[str], command: str) -> Any:
     """Read ``PRESET --config FILE --section.field value ...`` and give the recipe.
 
     Raises ValueError that names the option, its value and the fix.

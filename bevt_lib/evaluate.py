@@ -36,12 +36,9 @@ class Evaluate(Finetune):
     allow_missing: bool = False  # give a figure although some videos can't be read
 
 
-def with_switches(preset):
-    """Give a preset the fields of :class:`Evaluate`."""
-    return wraps(preset)(lambda: Evaluate(**vars(preset())))
-
-
-PRESETS = {name: with_switches(preset) for name, preset in FINETUNE.items()}
+# The presets of fine-tuning with the fields of Evaluate, under their own names and docstrings.
+PRESETS = {name: wraps(preset)(lambda preset=preset: Evaluate(**vars(preset())))
+           for name, preset in FINETUNE.items()}  # fmt: skip
 
 
 def main(arguments: list[str]) -> None:
@@ -51,8 +48,7 @@ def main(arguments: list[str]) -> None:
         return cli.print_plan(plan(recipe), recipe)
     with distributed.world():
         result, file = evaluate(recipe)
-        if distributed.rank() == 0:
-            print(f"{recipe.task} {recipe.split}: {result}; scores of each video in {file}")
+        distributed.say(f"{recipe.task} {recipe.split}: {result}; scores of each video in {file}")
 
 
 def evaluate(recipe: Evaluate) -> tuple[classes.ClassScore, Path]:
@@ -73,8 +69,7 @@ def evaluate(recipe: Evaluate) -> tuple[classes.ClassScore, Path]:
     model = parts.build_classifier(recipe).to(distributed.device())
     load_strict(model, read_weights(source), str(source))
     sources.render_embedded(recipe)
-    if distributed.rank() == 0:
-        print(f"model: {source}")
+    distributed.say(f"model: {source}")
     sources.print_origins({split: sources.labelled_items(recipe, split)})
     file = recipe.folder / f"scores_{split}.jsonl"
     result = classes.score_split(recipe, model, split, recipe.run.test_clips, file)

@@ -59,8 +59,7 @@ def finish(recipe: Finetune, model: Classifier, done: int, steps: int) -> None:
         if tested:
             file = folder / f"scores_{which}test.jsonl"
             result = classes.score_split(recipe, model, count=run.test_clips, file=file)
-        if distributed.rank() == 0:
-            print(f"{title}: {result}; model in {folder}/{which}model")
+        distributed.say(f"{title}: {result}; model in {folder}/{which}model")
 
 
 def prepare(batch: Batch, step: int) -> Batch:
@@ -85,8 +84,7 @@ def train_of(recipe: Finetune) -> tuple[Classifier, list[dict[str, float]], int]
     sources.render_embedded(recipe)
     model = parts.build_classifier(recipe)
     report = parts.initialise_classifier(recipe, model)
-    if distributed.rank() == 0:
-        print(report)
+    distributed.say(report)
     clips = sources.labelled_items(recipe)
     sources.print_origins({"clip": clips, "test": sources.labelled_items(recipe, "test")})
     items = Positions(clips, seed=recipe.run.seed, stream=seeds.Stream.VIDEO,

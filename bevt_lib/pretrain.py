@@ -38,8 +38,7 @@ def train(recipe: Pretrain) -> tuple[BEVT, list[dict[str, float]]]:
     recipe = parts.sized_for(recipe, tokenizer)
     model = parts.build_bevt(recipe)
     report = parts.initialise_bevt(recipe, model)
-    if distributed.rank() == 0:
-        print(report)
+    distributed.say(report)
     sources.render_embedded(recipe)
     items = {stream: sources.pretraining_items(recipe, stream) for stream in recipe.streams}
     sources.print_origins(items)

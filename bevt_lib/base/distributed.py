@@ -83,6 +83,12 @@ def torchrun(module: str, arguments: Sequence[str], processes: int) -> list[str]
     return [*launcher, f"--nproc-per-node={processes}", "-m", f"bevt_lib.{module}", *arguments]
 
 
+def say(*lines: object) -> None:
+    """Print lines on rank 0."""
+    if rank() == 0:
+        print(*lines, sep="\n")
+
+
 def all_reduce_sum(values: Tensor) -> Tensor:
     """Add a tensor up over all processes, in place; the same tensor in a world of one."""
     if torch_dist.is_initialized():

@@ -151,8 +151,7 @@ def photos_and_film_frames(recipe: Recipe, split: str) -> list[Entry]:
 
 def print_origins(items: Mapping[str, Clips]) -> None:
     """Print, on rank 0, a line per data set: how many items, from where."""
-    if distributed.rank() == 0:
-        print(*(f"{name}: {one.origin}" for name, one in items.items()), sep="\n")
+    distributed.say(*(f"{name}: {one.origin}" for name, one in items.items()))
 
 
 def plan_sources(recipe: AnyRecipe, splits: Sequence[str] = ()) -> tuple[AnyRecipe, dict[str, str]]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bevt_lib.base.config import ClipSpec, Model
+from bevt_lib.base.config import ClipSpec, Model, require
 from bevt_lib.base.trainable import Batch, Noise, Term
 from bevt_lib.model.hub import Saved, as_architecture
 from bevt_lib.model.masking import mask_in_time, mask_on_grid
@@ -73,8 +73,8 @@ class BEVT(Saved):
     ):
         a = as_architecture(architecture, fields)
         super().__init__(a, views, vocab_size=vocab_size, streams=list(streams))
-        if not streams or not set(streams) <= set(STREAMS):
-            raise ValueError(f"streams must be chosen from {STREAMS}, got {streams}")
+        known = bool(streams) and set(streams) <= set(STREAMS)
+        require(known, f"streams must be chosen from {STREAMS}, got {streams}")
         self.frames_per_step = {"video": a.patch[0], "image": IMAGE_FRAMES}
         self.swin = Swin(a)
         self.patch_embed = nn.ModuleDict()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bevt_lib.base.config import ClipSpec, Model
+from bevt_lib.base.config import ClipSpec, Model, require
 from bevt_lib.base.trainable import Batch, Noise, Term
 from bevt_lib.model.bevt import _whole
 from bevt_lib.model.hub import Saved, as_architecture
@@ -43,10 +43,9 @@ class Classifier(Saved):
             a, views, num_classes=num_classes, dropout=dropout, smoothing=smoothing,
             classes=list(classes),
         )  # fmt: skip
-        if num_classes < 2:
-            raise ValueError(f"a classifier needs at least two classes, got {num_classes}")
-        if classes and len(classes) != num_classes:
-            raise ValueError(f"{len(classes)} names for {num_classes} classes")
+        require(num_classes > 1, f"a classifier needs at least two classes, got {num_classes}")
+        fits = len(classes) in (0, num_classes)
+        require(fits, f"{len(classes)} names for {num_classes} classes")
         self.classes = tuple(classes) or tuple(str(c) for c in range(num_classes))
         self.patch_embed = PatchEmbed(a.patch, a.embed_dim, norm=a.patch_norm)
         self.swin = Swin(a)

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from bevt_lib.base.config import require
+
 RELEASED_CELLS = 14 * 14
 RELEASED_MIN_BLOCK = 16  # of 196 cells
 ASPECT = (0.3, 1 / 0.3)  # height / width of a block, log-uniform
@@ -45,12 +47,10 @@ def block_mask(
     default_target, default_min_block = mask_budget(grid)
     target = default_target if target is None else target
     min_block = default_min_block if min_block is None else min_block
-    if height < 2 or width < 2:
-        raise ValueError(f"grid {height}x{width} is too small to hide blocks: use at least 2x2")
-    if not 0 < target <= height * width:
-        raise ValueError(f"target must lie in 1..{height * width} cells, got {target}")
-    if min_block < 1:
-        raise ValueError(f"min_block must be at least 1 cell, got {min_block}")
+    cells = height * width
+    require(min(grid) > 1, f"grid {height}x{width} is too small to hide blocks: use at least 2x2")
+    require(0 < target <= cells, f"target must lie in 1..{cells} cells, got {target}")
+    require(min_block >= 1, f"min_block must be at least 1 cell, got {min_block}")
     mask = np.zeros(grid, dtype=bool)
     hidden = 0
     while hidden < target:
@@ -97,8 +97,7 @@ def tube_mask(
     """
     steps, height, width = grid
     low, high = length
-    if not 0 < low <= high <= 1:
-        raise ValueError(f"tube length needs 0 < low <= high <= 1, got {length}")
+    require(0 < low <= high <= 1, f"tube length needs 0 < low <= high <= 1, got {length}")
     block = block_mask((height, width), rng, target=target, min_block=min_block)
     start = rng.randint(0, steps - 1)
     run = rng.randint(max(1, int(steps * low)), max(1, int(steps * high)))

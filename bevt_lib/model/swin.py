@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bevt_lib.base.config import Model
+from bevt_lib.base.config import Model, require
 
 Size3 = tuple[int, int, int]
 MASKED_LOGIT = -100.0  # added to logits across shift regions; the released value, not -inf
@@ -301,12 +301,11 @@ class Swin(nn.Module):
     def __init__(self, architecture: Model):
         super().__init__()
         depths, num_heads = architecture.depths, architecture.num_heads
-        if len(depths) != 4 or len(num_heads) != 4:
-            raise ValueError(f"Swin has four stages: got depths {depths}, num_heads {num_heads}")
+        four = len(depths) == len(num_heads) == 4
+        require(four, f"Swin has four stages: got depths {depths}, num_heads {num_heads}")
         self.dims = [architecture.embed_dim * 2**i for i in range(4)]
         for dim, heads in zip(self.dims, num_heads, strict=True):
-            if dim % heads:
-                raise ValueError(f"a width of {dim} can't be split into {heads} heads")
+            require(dim % heads == 0, f"a width of {dim} can't be split into {heads} heads")
         last = max(1, sum(depths) - 1)
         rates = [architecture.drop_path * i / last for i in range(sum(depths))]
         self.num_blocks = sum(depths)

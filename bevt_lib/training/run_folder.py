@@ -155,8 +155,7 @@ class Metrics:
         """Sync the lines to disk. Raises ValueError if one could not be written."""
         if self.error:
             raise ValueError(
-                f"can't write metrics.jsonl ({self.error.strerror}): make room; the same "
-                "command then continues from the last checkpoint"
+                f"can't write metrics.jsonl ({self.error.strerror}): make room, then run it again"
             )
         if self.file is not None:
             os.fsync(self.file)

@@ -197,14 +197,12 @@ class Update:
                     marks[part["position"] - first] = 1
             distributed.all_reduce_sum(marks)
             positions = (marks.nonzero().flatten() + first).tolist()
-            named += [self._name(stream, position) for position in positions[:MAX_NAMED]]
+            for position in positions[:MAX_NAMED]:
+                name = source.items.name(source.items.index_at(position)[1])
+                named.append(f"{stream} {position} ({name})")
             named += [f"{len(positions) - MAX_NAMED} more"] if len(positions) > MAX_NAMED else []
         return ValueError(
             f"{what} at step {step}, before its update; items {', '.join(named)}: look at them, "
             "try a lower --optim.lr or --run.precision fp32; the same command continues from the "
             "last checkpoint"
         )
-
-    def _name(self, stream: str, position: int) -> str:
-        items = self.task.sources[stream].items
-        return f"{stream} {position} ({items.name(items.index_at(position)[1])})"

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from bevt_lib.base.config import require
 from bevt_lib.base.trainable import Batch, Trainable
 from bevt_lib.datasets.items import Positions
 
@@ -46,8 +47,6 @@ class Task:
     bad_share: float = 0.01  # of a stream's items: stop where more had to be replaced
 
     def __post_init__(self) -> None:
-        if not NOISE_KEYS.keys() >= self.sources.keys():
-            raise ValueError(
-                f"streams must be among {', '.join(NOISE_KEYS)}, got {', '.join(self.sources)}: "
-                "declare a new one in NOISE_KEYS"
-            )
+        known, given = (", ".join(names) for names in (NOISE_KEYS, self.sources))
+        text = f"streams must be among {known}, got {given}: declare new ones in NOISE_KEYS"
+        require(NOISE_KEYS.keys() >= self.sources.keys(), text)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from bevt_lib.base.config import require
 from bevt_lib.model.hub import as_architecture
 from bevt_lib.model.swin import PatchEmbed, Swin, initialise
 
@@ -46,8 +47,7 @@ class Encoder(nn.Module):
         in_chans: int = 3, *, image: bool = False, **fields: Any,
     ):  # fmt: skip
         super().__init__()
-        if in_chans != 3:
-            raise ValueError(f"the encoders read RGB, 3 channels, not {in_chans}")
+        require(in_chans == 3, f"the encoders read RGB, 3 channels, not {in_chans}")
         a = as_architecture(None, {"drop_path": drop_path_rate, **fields})
         self.image, self.drop_rate, self.drop_path_rate = image, drop_rate, drop_path_rate
         self.patch_embed = PatchEmbed((1, *a.patch[1:]) if image else a.patch, a.embed_dim)
