@@ -6,6 +6,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_configure(config):
-    from bevt_lib import synthetic
+    from bevt_lib.datasets import synthetic
 
     synthetic.render()
