@@ -167,7 +167,7 @@ def plan(recipe: Recipe) -> str:
     return cost.write({
         "preset": recipe.name,
         "parameters": f"{cost.parameters(model):,} trained",
-        "tokenizer_input": f"{side}x{side} px, {grid}x{grid} ids of {recipe.tokens.vocab_size:,}",
+        "tokenizer input": f"{side}x{side} px, {grid}x{grid} ids of {recipe.tokens.vocab_size:,}",
         "global batch": f"{recipe.optim.images} pictures",
         "cut into": str(split),
         "steps": f"{optim.total_steps(recipe.optim, expected):,}{epoch}",
