@@ -67,7 +67,7 @@ def test_cores_for_a_gpu_count_clips_and_images():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", ["1", "2"])
-def test_the_benchmark_runs_through_its_door(films, processes):
+def test_the_benchmark_runs_as_a_command(films, processes):
     listed, root = films
     result = run("bevt_lib.bench", "--list", str(listed), "--root", str(root), "--rounds", "1",
                  "--clips", "2", "--rate", "10", "--processes", processes)  # fmt: skip

@@ -112,7 +112,7 @@ def test_status_is_0_where_all_are_good_and_2_where_nothing_can_be_checked(tmp_p
         ([str(listed), "--report", str(listed)], "is not a report of check_data"),
         ([str(listed), "--report", str(tmp_path / "no" / "r.jsonl")], "No such file"),
     ):
-        with pytest.raises((ValueError, OSError), match=message):  # the door's status 2
+        with pytest.raises((ValueError, OSError), match=message):  # the command's status 2
             check_data.main(words)
     assert run("bevt_lib.check_data", str(tmp_path / "no.txt")).returncode == 2
 

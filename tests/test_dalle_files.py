@@ -249,7 +249,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_another_file_is_told_in_one_line_at_the_door(folder, case, monkeypatch, capsys):
+def test_another_file_is_told_in_one_line_at_the_command_line(folder, case, monkeypatch, capsys):
     spoil(folder, case)
     with pytest.raises(ValueError, match=CASES[case]):
         load_tokenizer(folder)
@@ -263,7 +263,7 @@ def test_another_file_is_told_in_one_line_at_the_door(folder, case, monkeypatch,
 
 
 @pytest.mark.slow
-def test_the_door_as_a_process_says_no_more(folder):
+def test_the_command_as_a_process_says_no_more(folder):
     (folder / "encoder.pkl").write_text(WGET_LOG)
     command = [sys.executable, "-m", "bevt_lib.pretrain", "lesson_image", "--tokens.weights",
                str(folder / "encoder.pkl"), "--run.folder", str(folder / "run")]  # fmt: skip

@@ -362,7 +362,7 @@ def test_workers_forked_after_decoding_still_decode(clips):
 
 
 def test_a_bad_file_in_a_worker_ends_in_its_own_line(clips, tmp_path):
-    """The door prints the last line of what a loader process raises."""
+    """The command prints the last line of what a loader process raises."""
     clips.entries = [Entry(tmp_path / "gone.mp4", -1)]
     loader = DataLoader(Positions(clips, seed=0, stream=Stream.VIDEO), batch_sampler=[[0]],
                         num_workers=1)  # fmt: skip

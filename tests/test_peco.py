@@ -358,7 +358,7 @@ def test_networks_that_cannot_be_had_are_refused_in_one_line(tmp_path, monkeypat
         PerceptualDistance(SUPERVISED)
 
 
-# the door
+# the command
 
 
 def quick(tmp_path, *options):

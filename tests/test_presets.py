@@ -172,15 +172,15 @@ def test_a_small_stage_is_estimated_well_under_its_twenty_minutes(name):
 def test_every_small_preset_starts_on_the_cpu(tmp_path):
     """Two steps each of an eighth of the batch in two micro-batches, one stage after another."""
 
-    def start(door, name, *options):
+    def start(command, name, *options):
         folder = tmp_path / name
         optim = PRESETS[name]().optim
         batches = {"clips": optim.clips // 8, "images": optim.images // 8}
         sizes = [word for k, n in batches.items() if n for word in (f"--optim.{k}", str(n))]
         micro = str((batches["clips"] or batches["images"]) // 2)
-        told = run(f"bevt_lib.{door}", name, *sizes, "--run.stop-after", "2", "--run.micro-batch",
-                   micro, "--run.folder", str(folder), "--data.workers", "1", "--run.threads", "1",
-                   *options)  # fmt: skip
+        told = run(f"bevt_lib.{command}", name, *sizes, "--run.stop-after", "2",
+                   "--run.micro-batch", micro, "--run.folder", str(folder), "--data.workers", "1",
+                   "--run.threads", "1", *options)  # fmt: skip
         assert told.returncode == 0, told.stderr
         assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
         return str(folder / "model"), told

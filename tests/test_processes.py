@@ -132,7 +132,7 @@ def test_two_nodes_learn_the_same(alone, tmp_path):
 
 
 @pytest.mark.slow
-def test_real_clips_through_the_door_are_the_same_on_two_processes(tmp_path):
+def test_real_clips_through_the_command_are_the_same_on_two_processes(tmp_path):
     """Decoded, cropped, masked and tokenized clips and stills of the lesson, three steps."""
     options = "lesson_joint --run.precision fp64 --run.stop-after 3 --run.threads 1 "
     options += "--optim.clips 4 --optim.images 4 --model.drop-path 0.2"

@@ -281,11 +281,11 @@ def test_bad_entries_are_left_out_and_counted(tmp_path):
         leave_out_bad(entries, [str(report)], tmp_path)
 
 
-def few_steps(door, preset, tmp_path, *options):
-    """Train a lesson preset for three steps through its door; return the record."""
+def few_steps(command, preset, tmp_path, *options):
+    """Train a lesson preset for three steps through its command; return the record."""
     folder = tmp_path / f"run{random.random()}"
-    result = run(f"bevt_lib.{door}", preset, "--run.folder", str(folder), "--run.stop-after", "3",
-                 "--run.threads", "1", *options)  # fmt: skip
+    result = run(f"bevt_lib.{command}", preset, "--run.folder", str(folder), "--run.stop-after",
+                 "3", "--run.threads", "1", *options)  # fmt: skip
     assert result.returncode == 0, result.stderr
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 3
@@ -377,15 +377,15 @@ def test_the_commands_of_the_data_page_are_real(tmp_path, monkeypatch):
         before, command_there, command = line.partition("-m bevt_lib.")
         if not command_there or not before.startswith(("python ", "torchrun ")):
             continue
-        door, *words = command.split()
-        seen.add(door)
-        if door in ("pretrain", "finetune"):
+        command, *words = command.split()
+        seen.add(command)
+        if command in ("pretrain", "finetune"):
             recipe = override((PRETRAIN | FINETUNE)[words[0]](), words[1:])
             if not recipe.name.startswith("lesson"):  # these read the embedded clips
                 assert recipe.data.video_list and recipe.data.video_root and recipe.run.init
         else:
             with pytest.raises(ValueError, match=r"(train|val)\w*(\.\w+)?: can't read this list"):
-                {"check_data": check_data, "bench": bench}[door].main(words)
+                {"check_data": check_data, "bench": bench}[command].main(words)
     assert seen == {"pretrain", "finetune", "check_data", "bench"}
 
 

@@ -215,7 +215,7 @@ def full(tensors, path):
 checkpoint.save_tensors = full
 """
 OWN_PATH = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-DOOR = "import tiny_run; from bevt_lib.config import run_command; run_command(tiny_run.main)"
+COMMAND = "import tiny_run; from bevt_lib.cli import run_command; run_command(tiny_run.main)"
 
 
 @pytest.mark.slow
@@ -231,8 +231,8 @@ def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint(whole, tmp_
         mounted = subprocess.run(mount, capture_output=True).returncode == 0
     except FileNotFoundError:
         mounted = False
-    script = tmp_path / "door.py"
-    script.write_text(("" if mounted else FULL_AT_THE_THIRD) + DOOR)
+    script = tmp_path / "command.py"
+    script.write_text(("" if mounted else FULL_AT_THE_THIRD) + COMMAND)
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
@@ -252,7 +252,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint(whole, tmp_
         if mounted:  # make room, and the same command goes on
             subprocess.run(["mount", "-o", f"remount,size={9 * size}", str(disk)], check=True)
         else:
-            script.write_text(DOOR)
+            script.write_text(COMMAND)
         if processes == 1:
             done = subprocess.run(command, capture_output=True, text=True, env=OWN_PATH,
                                   timeout=120)  # fmt: skip
@@ -266,8 +266,8 @@ def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint(whole, tmp_
 
 @pytest.mark.slow
 def test_a_killed_loader_process_ends_in_one_line(tmp_path):
-    script = tmp_path / "door.py"
-    script.write_text(DOOR)
+    script = tmp_path / "command.py"
+    script.write_text(COMMAND)
     command = [sys.executable, str(script), str(tmp_path / "run"), "4000", "--workers", "1"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=OWN_PATH) as child:
         assert kill_runs.wait_for_lines(tmp_path / "run", 5, child)

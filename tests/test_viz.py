@@ -13,16 +13,16 @@ from PIL import Image
 from bevt_lib.datasets import sources, synthetic
 from bevt_lib.notebook import figures
 from bevt_lib.notebook.figures import (
-    code_tiles,
+    describe_id,
     draw_clips,
     has_cut,
+    id_tiles,
     read_run,
     show_rows,
     show_runs,
-    tell_code,
     typical_cells,
 )
-from bevt_lib.notebook.widgets import codebook_explorer
+from bevt_lib.notebook.widgets import id_explorer
 from bevt_lib.presets import lesson_joint
 
 STEPS, SHORT = 12, 7
@@ -134,7 +134,7 @@ def test_typical_cells_are_those_nearest_to_the_mean(shaded):
 
 def test_a_code_is_shown_painted_counted_and_found(shaded):
     views, ids, _ = shaded
-    tiles = code_tiles(Shades(), views, ids, 4, number=14)
+    tiles = id_tiles(Shades(), views, ids, 4, number=14)
     assert tiles.shape == (16, 12, 12, 3) and tiles.dtype == np.uint8
     assert (tiles[0] == 4 * 32 + 16).all()
     counts = Counter((y, x) for n in range(12) for y in range(3) for x in range(3)
@@ -151,7 +151,7 @@ def test_a_code_is_shown_painted_counted_and_found(shaded):
     assert np.array_equal(tiles[2 : 2 + pictures, 4:8, 4:8], middle)  # 12 px for 12: not enlarged
     assert (tiles[2 : 2 + pictures, 3, 3:9] == 255).all()
     assert (tiles[2 : 2 + pictures, 2, 2:10] == 0).all()
-    never = code_tiles(Shades(), views, ids, 7)
+    never = id_tiles(Shades(), views, ids, 7)
     assert (never[2:] == 128).all() and len(np.unique(never[1].reshape(-1, 3), axis=0)) == 1
 
 
@@ -164,7 +164,7 @@ def test_tiles_fit_views_of_the_paper_s_size():
         def decode(self, ids):
             return torch.zeros(1, 112, 112, 3, dtype=torch.uint8)
 
-    assert code_tiles(Eight(), views, ids, 0).shape == (8, 112, 112, 3)
+    assert id_tiles(Eight(), views, ids, 0).shape == (8, 112, 112, 3)
 
 
 def test_what_is_told_of_a_code_is_counted(shaded):
@@ -172,10 +172,10 @@ def test_what_is_told_of_a_code_is_counted(shaded):
     uses = Counter()
     for picture, label in zip(ids, labels, strict=True):
         uses[("cat", "dog")[label]] += sum(code == 5 for code in picture.flat)
-    told = tell_code(ids, 5, labels, ("cat", "dog"))
+    told = describe_id(ids, 5, labels, ("cat", "dog"))
     total, (first, second) = sum(uses.values()), uses.most_common()
     assert first[1] > second[1]
-    assert told.startswith(f"code 5: {total} of 108 ids ({total / 108:.2%}), in ")
+    assert told.startswith(f"id 5: {total} of 108 ids ({total / 108:.2%}), in ")
     assert f"in {sum(5 in picture for picture in ids)} of 12 pictures; most in: " in told
     assert told.endswith(f"{first[0]} {first[1]}, {second[0]} {second[1]}")
 
@@ -183,18 +183,16 @@ def test_what_is_told_of_a_code_is_counted(shaded):
 def test_the_explorer_follows_its_sliders(shaded):
     views, ids, labels = shaded
 
-    class Upside(Shades):
-        def encode(self, view):
-            return 7 - super().encode(view)
-
-    panel = codebook_explorer({"a": Shades(), "b": Upside()}, views, labels, ("cat", "dog"), code=3)
+    given = {"a": ids, "b": 7 - ids}
+    both = dict.fromkeys(given, Shades())
+    panel = id_explorer(both, given, views, labels, ("cat", "dog"), start=3)
     book, code, line, picture = panel.children
     assert (code.min, code.max, code.value) == (0, 7, 3)
     for name, number, named in (("a", 3, ids), ("a", 5, ids), ("b", 2, 7 - ids)):
         book.value, code.value = name, number
-        assert line.value == tell_code(named, number, labels, ("cat", "dog"))
+        assert line.value == describe_id(named, number, labels, ("cat", "dog"))
         shown = np.asarray(Image.open(io.BytesIO(picture.value)))
-        tiles = code_tiles(Shades(), views, named, number).repeat(2, 1).repeat(2, 2)
+        tiles = id_tiles(Shades(), views, named, number).repeat(2, 1).repeat(2, 2)
         assert shown.shape == (24, 8 * (24 + 8), 3)
         assert np.array_equal(shown.reshape(24, 8, 32, 3)[:, :, :24].swapaxes(0, 1), tiles)
 

@@ -98,42 +98,42 @@ def show_rows(
 
 
 def typical_cells(
-    views: np.ndarray, ids: np.ndarray, code: int, number: int = 6, margin: int = 8
+    inputs: np.ndarray, ids: np.ndarray, token_id: int, number: int = 6, margin: int = 8
 ) -> np.ndarray:
-    """Cut out cells that a code names, those nearest to their mean first, one a picture.
+    """Cut out cells that have a token id, those nearest to their mean first, one a picture.
 
-    ``views``: uint8 (N, H, W, 3); ``ids``: int64 (N, h, w). Returns uint8 (n, side, side, 3), n at
+    ``inputs``: uint8 (N, H, W, 3); ``ids``: int64 (N, h, w). Returns uint8 (n, side, side, 3), n at
     most ``number``: the cell in the middle of ``margin`` pixels, which are grey beyond the edge.
     """
-    size = views.shape[1] // ids.shape[1]
+    size = inputs.shape[1] // ids.shape[1]
     side = size + 2 * margin
-    picture, row, column = np.nonzero(ids == code)
+    picture, row, column = np.nonzero(ids == token_id)
     if not len(picture):
         return np.empty((0, side, side, 3), dtype=np.uint8)
     edge = (margin, margin)
-    wide = np.pad(views[picture], ((0, 0), edge, edge, (0, 0)), constant_values=GREY[0])
+    wide = np.pad(inputs[picture], ((0, 0), edge, edge, (0, 0)), constant_values=GREY[0])
     corners = zip(wide, row * size, column * size, strict=True)
-    around = np.stack([view[y : y + side, x : x + side] for view, y, x in corners])
+    around = np.stack([shown[y : y + side, x : x + side] for shown, y, x in corners])
     cells = around[:, margin : margin + size, margin : margin + size].astype(float)
     order = np.square(cells - cells.mean(axis=0)).sum(axis=(1, 2, 3)).argsort(kind="stable")
     first = np.sort(np.unique(picture[order], return_index=True)[1])
     return around[order[first[:number]]]
 
 
-def code_tiles(
-    tokenizer: FrozenTokenizer, views: np.ndarray, ids: np.ndarray, code: int, number: int = 6
+def id_tiles(
+    tokenizer: FrozenTokenizer, inputs: np.ndarray, ids: np.ndarray, token_id: int, number: int = 6
 ) -> np.ndarray:
-    """Show one code: uint8 (2 + number, S, S, 3), S the side of ``views``, which ``ids`` name.
+    """Show one token id: uint8 (2 + number, S, S, 3), S the side of ``inputs``, whose are ``ids``.
 
     First a grid of nothing else, painted; then how often each place has it, from black (never) to
-    yellow (the place that has it most); then the most typical cells it names, framed, each amid
+    yellow (the place that has it most); then the most typical cells that have it, framed, each amid
     the eight around it.
     """
-    side = views.shape[1]
-    painted = tokenizer.decode(torch.full((1, *ids.shape[1:]), code)).numpy()
-    shares = (ids == code).mean(axis=0)
+    side = inputs.shape[1]
+    painted = tokenizer.decode(torch.full((1, *ids.shape[1:]), token_id)).numpy()
+    shares = (ids == token_id).mean(axis=0)
     heat = plt.get_cmap("inferno")(0.9 * shares / max(shares.max(), 1e-9))[None, ..., :3] * 255
-    cells = typical_cells(views, ids, code, number, margin=side // ids.shape[1])
+    cells = typical_cells(inputs, ids, token_id, number, margin=side // ids.shape[1])
     pick = np.arange(side) * cells.shape[1] // side  # the nearest pixel
     tiles = cells[:, pick][:, :, pick]
     low, high = side // 3, side - side // 3
@@ -145,17 +145,17 @@ def code_tiles(
     return np.concatenate([painted, enlarge(heat.astype(np.uint8), side), tiles, blank])
 
 
-def tell_code(ids: np.ndarray, code: int, labels: np.ndarray, names: Sequence[str]) -> str:
-    """Say in one line how often a code is used, and in pictures of what most.
+def describe_id(ids: np.ndarray, token_id: int, labels: np.ndarray, names: Sequence[str]) -> str:
+    """Say in one line how often a token id is used, and in pictures of what most.
 
     ``ids``: int64 (N, h, w); ``labels``: int (N,), indices of ``names``.
     """
-    found = (ids == code).sum(axis=(1, 2))
+    found = (ids == token_id).sum(axis=(1, 2))
     kinds = np.bincount(labels, weights=found, minlength=len(names)).astype(int)
     most = [f"{names[k]} {kinds[k]}" for k in np.argsort(-kinds, kind="stable")[:3]]
     used = f"{found.sum():,} of {ids.size:,} ids ({found.sum() / ids.size:.2%})"
     pictures = f"{(found > 0).sum():,} of {len(ids):,} pictures"
-    return f"code {code}: {used}, in {pictures}; most in: {', '.join(most)}"
+    return f"id {token_id}: {used}, in {pictures}; most in: {', '.join(most)}"
 
 
 @torch.no_grad()

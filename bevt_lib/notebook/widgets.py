@@ -6,11 +6,10 @@ from random import Random
 
 import ipywidgets
 import numpy as np
-import torch
 from PIL import Image
 
 from bevt_lib.model.masking import tube_mask
-from bevt_lib.notebook.figures import Rows, code_tiles, enlarge, hide_pixels, tell_code
+from bevt_lib.notebook.figures import Rows, describe_id, enlarge, hide_pixels, id_tiles
 from bevt_lib.tokenizers.base import FrozenTokenizer
 
 
@@ -81,23 +80,21 @@ def time_slider(rows: Rows):
     return panel({"time": ipywidgets.IntSlider(0, min=0, max=frames - 1)}, draw, zoom=2)
 
 
-def codebook_explorer(
-    tokenizers: Mapping[str, FrozenTokenizer], views: np.ndarray, labels: np.ndarray,
-    names: Sequence[str], code: int = 0,
+def id_explorer(
+    tokenizers: Mapping[str, FrozenTokenizer], ids: Mapping[str, np.ndarray], inputs: np.ndarray,
+    labels: np.ndarray, names: Sequence[str], start: int = 0,
 ):  # fmt: skip
-    """Walk codebooks: tokenizer and code; what it paints, where it stands, what it names.
+    """Look token ids up: tokenizer and id; what it paints, where it occurs, what it stands for.
 
-    ``views``: uint8 (N, S, S, 3); ``labels``: int (N,), indices of ``names``. The picture is
-    :func:`bevt_lib.notebook.figures.code_tiles`, from left to right.
+    ``inputs``: uint8 (N, S, S, 3), of which ``ids`` are by tokenizer, int64 (N, h, w); ``labels``:
+    int (N,), indices of ``names``. The picture is :func:`figures.id_tiles`, from left to right.
     """
-    named = {n: t.encode(torch.from_numpy(views)).numpy() for n, t in tokenizers.items()}
 
-    def draw(tokenizer, code):
-        ids = named[tokenizer]
-        tiles = code_tiles(tokenizers[tokenizer], views, ids, code)
-        return beside(tiles), tell_code(ids, code, labels, names)
+    def draw(tokenizer, id):
+        tiles = id_tiles(tokenizers[tokenizer], inputs, ids[tokenizer], id)
+        return beside(tiles), describe_id(ids[tokenizer], id, labels, names)
 
     last = min(t.vocab_size for t in tokenizers.values()) - 1
     book = ipywidgets.Dropdown(options=list(tokenizers))
-    number = ipywidgets.IntSlider(code, min=0, max=last)
-    return panel({"tokenizer": book, "code": number}, draw, zoom=2)
+    number = ipywidgets.IntSlider(start, min=0, max=last)
+    return panel({"tokenizer": book, "id": number}, draw, zoom=2)

@@ -113,6 +113,8 @@ def remove_partial(run: Path) -> None:
     for place in (run, run / "checkpoints"):
         for left in [*place.glob(".part_*"), *place.glob(".old_*")]:
             shutil.rmtree(left, ignore_errors=True)
+    for file in run.glob(".*.part"):
+        file.unlink()
 
 
 def latest(run: Path) -> Path | None:
