@@ -217,6 +217,9 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     message, status = "", 2
     try:
         main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads it, as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         message, status = "interrupted: the same command continues from the last checkpoint", 130
     except (ValueError, OSError, RuntimeError) as error:

@@ -73,8 +73,7 @@ def train(recipe: Finetune) -> tuple[Classifier, list[dict[str, float]]]:
 
     With ``optim.ema`` the model holds the weight average, as the released evaluation does.
     """
-    model, history, _ = train_of(recipe)
-    return model, history
+    return train_of(recipe)[:2]
 
 
 def train_of(recipe: Finetune) -> tuple[Classifier, list[dict[str, float]], int]:

@@ -26,8 +26,8 @@ def main(arguments: list[str]) -> None:
         model, history = train(recipe)
         if distributed.rank() == 0:
             model.save_pretrained(recipe.folder / "model")
-            last = history[-1]
-            print(f"step {last['step'] + 1}: loss {last['loss']:.3f}; run in {recipe.folder}")
+            steps, loss = len(history), history[-1]["loss"]
+            print(f"step {steps}: loss {loss:.3f}; run in {recipe.folder}")
 
 
 def train(recipe: Pretrain) -> tuple[BEVT, list[dict[str, float]]]:
@@ -53,8 +53,7 @@ def train(recipe: Pretrain) -> tuple[BEVT, list[dict[str, float]]]:
         prepare=lambda batch, step: add_tokens(
             batch, tokenizer, hidden_only=True, fp16=recipe.tokens.fp16),
         config=flatten(recipe) | {"tokens.sha256": tokenizer.digest()})  # fmt: skip
-    run = replace(recipe.run, folder=str(recipe.folder))
-    return model, loop.fit(task, recipe.optim, run)
+    return model, loop.fit(task, recipe.optim, replace(recipe.run, folder=str(recipe.folder)))
 
 
 def score(recipe: Pretrain, model: BEVT, stream: str, count: int = 512) -> tokens.TokenScore:

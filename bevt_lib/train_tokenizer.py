@@ -39,8 +39,7 @@ def main(arguments: list[str]) -> None:
         if distributed.rank() == 0:
             path = recipe.folder / "tokenizer.safetensors"
             model.tokenizer().save(path)
-            last = history[-1]
-            print(f"step {last['step'] + 1}: loss {last['loss']:.3f}; tokenizer in {path}")
+            print(f"step {len(history)}: loss {history[-1]['loss']:.3f}; tokenizer in {path}")
 
 
 def split_entries(recipe: Recipe) -> tuple[list[lists.Entry], list[lists.Entry], str]:

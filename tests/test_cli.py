@@ -434,3 +434,10 @@ def test_the_data_folder_follows_the_environment(monkeypatch, tmp_path):
     (tmp_path / "photos").mkdir()
     monkeypatch.setenv("BEVT_DATA", str(tmp_path))
     assert files.data_folder() == tmp_path
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no pipes of the shell's kind")
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = f"{sys.executable} -m bevt_lib.pretrain lesson_joint --run.dry-run | head -1"
+    told = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert told.stdout.startswith("preset ") and told.stderr == ""

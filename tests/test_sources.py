@@ -181,3 +181,10 @@ def test_embedded_data_stand_in_stream_by_stream():
     other = replace(FINETUNE["lesson_what"](), task="own")
     with pytest.raises(ValueError, match=r"lesson_what needs --data.val-list FILE: one"):
         sources.labelled_items(other, "val")
+
+
+def test_a_plan_counts_the_embedded_clips_too():
+    """5,120 clips in batches of 16, twice: not the one step of a data set of unknown size."""
+    words = ["--optim.steps", "0", "--optim.epochs", "2"]
+    plan = finetune.plan(override(FINETUNE["lesson_how"](), words))
+    assert "steps             640 (5,120 clips, 320 steps an epoch)" in plan

@@ -97,11 +97,11 @@ def check_sources(recipe: Recipe, splits: Sequence[str] = (), *, plan: bool = Fa
         import_decord()
 
 
-def embedded_origin(recipe: Recipe, stream: str, split: str) -> str:
-    """Say how much the embedded data hold of a split of a stream."""
+def embedded_size(recipe: Recipe, stream: str, split: str) -> tuple[int, str]:
+    """Give how much the embedded data hold of a split of a stream, as a number and in words."""
     count = (synthetic.STILLS if stream == "image" else synthetic.CLIPS)[split]
     count += len(photos_and_film_frames(recipe, split))
-    return f"{count:,} {UNITS[stream]}, embedded ({split} split)"
+    return count, f"{count:,} {UNITS[stream]}, embedded ({split} split)"
 
 
 def list_entries(recipe: Recipe, stream: str, split: str = "train") -> tuple[list[Entry], str]:
@@ -122,7 +122,7 @@ def list_entries(recipe: Recipe, stream: str, split: str = "train") -> tuple[lis
         else:
             task = recipe.task if isinstance(recipe, Finetune) else "how"
             entries = lists.read_list(folder / f"{task}_{split}.txt", folder, **labels)
-        return entries, embedded_origin(recipe, stream, split)
+        return entries, embedded_size(recipe, stream, split)[1]
     if not place.path:
         forms = "one `path label` a line, or the official list; of pictures, class folders"
         raise ValueError(f"{recipe.name} needs {place.flag}: {forms}")
@@ -155,7 +155,7 @@ def print_origins(items: Mapping[str, Clips]) -> None:
 
 
 def plan_sources(recipe: AnyRecipe, splits: Sequence[str] = ()) -> tuple[AnyRecipe, dict[str, str]]:
-    """Describe what a run would read, a line per part; give the recipe with its list's real size.
+    """Describe what a run would read, a line per part; give the recipe with its data's real size.
 
     Nothing is rendered or decoded; of the paths only lists and folders are read. Raises ValueError
     as :func:`check_sources` does.
@@ -168,15 +168,16 @@ def plan_sources(recipe: AnyRecipe, splits: Sequence[str] = ()) -> tuple[AnyReci
         paths = dict.fromkeys(path for path in (place.path, place.root) if path)
         absent = " and ".join(path for path in paths if not Path(path).exists())
         if not place.own:
-            text = embedded_origin(recipe, stream, split)
+            size, text = embedded_size(recipe, stream, split)
         elif place.path and not absent:
             entries, text = list_entries(recipe, stream, split)
-            if not lines and split == "train":
-                first = replace(recipe, data=replace(recipe.data, expected_items=len(entries)))
+            size = len(entries)
         else:
             text = f"{absent} isn't there yet" if place.path else f"{place.flag} not given yet"
             if not lines and split == "train" and size:
                 text += f"; EXPECTED: {size:,} {UNITS[stream]}"
+        if not lines and split == "train":
+            first = replace(recipe, data=replace(recipe.data, expected_items=size))
         lines[f"{stream if split == 'train' else split} data"] = text
     return first, lines
 

@@ -73,7 +73,7 @@ class BEVT(Saved):
     ):
         a = as_architecture(architecture, fields)
         super().__init__(a, views, vocab_size=vocab_size, streams=list(streams))
-        known = bool(streams) and set(streams) <= set(STREAMS)
+        known = set() < set(streams) <= set(STREAMS)
         require(known, f"streams must be chosen from {STREAMS}, got {streams}")
         self.frames_per_step = {"video": a.patch[0], "image": IMAGE_FRAMES}
         self.swin = Swin(a)

@@ -44,8 +44,8 @@ class Classifier(Saved):
             classes=list(classes),
         )  # fmt: skip
         require(num_classes > 1, f"a classifier needs at least two classes, got {num_classes}")
-        fits = len(classes) in (0, num_classes)
-        require(fits, f"{len(classes)} names for {num_classes} classes")
+        given = len(classes)
+        require(given in (0, num_classes), f"{given} names for {num_classes} classes")
         self.classes = tuple(classes) or tuple(str(c) for c in range(num_classes))
         self.patch_embed = PatchEmbed(a.patch, a.embed_dim, norm=a.patch_norm)
         self.swin = Swin(a)
