@@ -142,6 +142,7 @@ def measure(recipe: Pretrain | Finetune, rounds: int, clips: int, process: int) 
     )  # fmt: skip
     first = process * rounds * clips
 
+    # What takes turns: this loader, and others that give the same frames.
     def decode(read: Callable[..., np.ndarray], epoch: int) -> np.ndarray:
         index = epoch % len(items)
         return read(items.entries[index].path, items.choose(epoch, index))
@@ -162,6 +163,7 @@ def measure(recipe: Pretrain | Finetune, rounds: int, clips: int, process: int) 
     if isinstance(recipe, Pretrain):
         images = sources.pretraining_items(recipe, "image")
         work["images, decode + augment"] = lambda n: images.sample(n, n % len(images))
+    # Turn by turn, so that a busy machine slows all alike.
     rates: dict[str, list[float]] = {name: [] for name in work}
     for start in range(first, first + rounds * clips, clips):
         for name, do in work.items():
