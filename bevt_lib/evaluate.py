@@ -91,7 +91,7 @@ def weights_of(path: Path) -> Path:
 
 
 def plan(recipe: Evaluate) -> str:
-    """Describe an evaluation before its first video; only one's own list is read."""
+    """Describe an evaluation before its first video; only your own list is read."""
     recipe, data = sources.plan_sources(recipe, [recipe.split])
     _, items = parts.measure_items(recipe)
     views = recipe.test_clips * recipe.test_crops

@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> None:
 def split_entries(recipe: Recipe) -> tuple[list[lists.Entry], list[lists.Entry], str]:
     """List (training pictures, HELD_OUT held-out ones), and say where they come from.
 
-    Of one's own pictures every n-th is held out; of the embedded data, validation stills.
+    Of your own pictures every n-th is held out; of the embedded data, validation stills.
     """
     entries, origin = sources.list_entries(recipe, "image")
     if not sources.place_of(recipe, "image").own:

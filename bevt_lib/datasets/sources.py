@@ -23,7 +23,7 @@ from bevt_lib.model.masking import tube_mask
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 UNITS = {"video": "clips", "clip": "clips", "image": "pictures"}
-FIELDS = {  # of the data section that a stream of one's own reads
+FIELDS = {  # of the data section that a stream of your own data reads
     "video": ("video_list", "video_root"),
     "image": ("image_list", "image_root"),
     "clip": ("video_list", "val_list", "video_root", "class_list"),
@@ -36,7 +36,7 @@ class Place(NamedTuple):
     """Where a split of a stream is read from."""
 
     own: bool  # False: from the embedded data
-    path: str  # one's own list or folder; "": not given
+    path: str  # your own list or folder; "": not given
     root: str
     flag: str  # what gives the path
 
@@ -44,7 +44,7 @@ class Place(NamedTuple):
 def place_of(recipe: Recipe, stream: str, split: str = "train") -> Place:
     """Decide where a split of a stream is read from.
 
-    Both splits of fine-tuning are one's own, or neither is. Held-out data of the other recipes is
+    Both splits of fine-tuning are your own, or neither is. Held-out data of the other recipes is
     always embedded.
     """
     d = recipe.data

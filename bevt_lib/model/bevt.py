@@ -57,7 +57,7 @@ class BEVT(Saved):
     Shared: the stages, the mask token, the final norm and the token head. Per stream: the patch
     embedding and the decoder. ``vocab_size`` is the tokenizer's. ``streams`` names what is built:
     an image-stream model has no video parts. Instead of the architecture its fields may be given,
-    drop path 0 by default. ``views`` tells whoever uses the model how it wants clips.
+    drop path 0 by default. ``views`` says how the model wants clips.
     ``save_pretrained(folder)`` writes a model folder, :func:`bevt_lib.weights.load.load_model`
     reads it.
     """

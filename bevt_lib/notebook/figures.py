@@ -69,7 +69,7 @@ def show_rows(
 ) -> Image:
     """Draw one row of frames for each named uint8 (T, H, W, 3), time from left to right.
 
-    ``titles`` stand above the columns where these are no frames in time (None: t=0, t=1, ...).
+    ``titles`` stand above the columns where they are not frames in time (None: t=0, t=1, ...).
     Returns a JPEG to display: as PNG, photos would make a notebook several times larger.
     """
     columns = max(len(r[::every]) for r in rows.values())
