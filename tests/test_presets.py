@@ -1,7 +1,7 @@
 """Recipes against the facts they claim: the released table field by field; small ones that start.
 
 The table is written from the released configs (spec, sections 1 to 6), not from the presets.
-Parameter groups and schedules are held against golden numbers in ``test_engine.py``.
+Parameter groups and schedules are held against golden numbers in ``test_loop.py``.
 """
 
 import re
