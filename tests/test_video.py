@@ -159,8 +159,22 @@ def five_line_decode(path, indices):
     return np.stack([every[i] for i in indices])
 
 
-def encode(path, frames, codec="libx264", options=None, muxer=None, pixels="yuv420p", times=None):
-    """Write uint8 (T, H, W, 3) in any codec and container; ``times``: of the frames, ms."""
+def encode(path, frames, codec="libx264", *settings, **more):
+    """Write uint8 (T, H, W, 3) in any codec and container, see :func:`encode_once`.
+
+    libx265 as PyAV brings it gives a packet that FFmpeg refuses in about one of 50 films, whatever
+    its threads: then it encodes once more.
+    """
+    for attempt in range(5):
+        try:
+            return encode_once(path, frames, codec, *settings, **more)
+        except av.FFmpegError:
+            if codec != "libx265" or attempt == 4:
+                raise
+
+
+def encode_once(path, frames, codec, options=None, muxer=None, pixels="yuv420p", times=None):
+    """``times``: of the frames, ms."""
     with av.open(str(path), "w", options=muxer or {}) as container:
         stream = container.add_stream(codec, rate=25 if "mpeg" in codec else 8)
         stream.height, stream.width = frames.shape[1:3]
@@ -209,7 +223,11 @@ KINDS += [
     ("a.mkv", "libx264", {"x264-params": "open-gop=1:keyint=20"}),
     ("a.ts", "libx264", {"x264-params": "interlaced=1:keyint=30"}),
     ("a.avi", "libx264", {"bf": "2"}),  # gives times of decoding
-    ("a.mp4", "libx265", {"x265-params": "keyint=30:bframes=4:log-level=none"}),
+    (
+        "a.mp4",
+        "libx265",
+        {"x265-params": "keyint=30:bframes=4:log-level=none"},
+    ),
     ("a.mp4", "mpeg4", {"bf": "2", "g": "15"}),
     ("a.webm", "libvpx-vp9", {"deadline": "good", "cpu-used": "5", "auto-alt-ref": "1", "g": "40"}),
     ("a.webm", "libvpx", {"deadline": "good", "cpu-used": "5", "auto-alt-ref": "1"}),
@@ -246,7 +264,12 @@ SAME = [  # beside KINDS: name, codec, options, and what else encode takes
     ("a.mp4", "libx264", {}, {"times": 3000 + 125 * np.arange(100)}),  # starts late
     ("a.webm", "libvpx-vp9", VP9, {"times": UNEVEN}),
     ("a.mkv", "libx265", X265, {}),
-    ("a.mp4", "libx265", {"x265-params": "open-gop=0:keyint=20:log-level=none"}, {}),
+    (
+        "a.mp4",
+        "libx265",
+        {"x265-params": "open-gop=0:keyint=20:log-level=none"},
+        {},
+    ),
     ("a.avi", "mpeg4", {"bf": "2", "g": "15"}, {}),
     ("a.mpg", "mpeg1video", {}, {}),
     ("a.mpg", "mpeg2video", {"bf": "2"}, {}),
