@@ -62,11 +62,6 @@ def print_plan(plan: str, recipe: Any) -> None:
     print(f"{plan}\n\n{text}")
 
 
-def override(recipe: Any, words: Sequence[str]) -> Any:
-    """Give a recipe with the values of ``--section.field value`` words, checked all together."""
-    return parse(recipe, words)
-
-
 def take_config(words: list[str]) -> dict[str, Any]:
     """Take ``--config FILE`` out of words; give the file's {"section.field": value}."""
     place = next((i for i, word in enumerate(words) if word.split("=")[0] == "--config"), None)

@@ -7,7 +7,7 @@ import pytest
 from test_cli import run
 
 from bevt_lib import bench, finetune, pretrain
-from bevt_lib.cli import override
+from bevt_lib.cli import parse
 from bevt_lib.datasets.lists import read_entries
 from bevt_lib.datasets.video import Video, read_frames
 from bevt_lib.presets import paper_joint, paper_k400, paper_ssv2
@@ -56,7 +56,7 @@ def test_cores_for_a_gpu_count_clips_and_images():
     assert "one GPU at 40.0 clips/s and 320.0 images/s (as given) takes 4.0 cores" in text
     assert re.search(r"decord loop, decode +15\.0 clips/s a core, .* 2\.00 times as fast", text)
     assert re.search(r"PyAV loop, decode +10\.0 clips/s a core, .* 3\.00 times as fast", text)
-    recipe = override(paper_k400(), ["--data.frames", "8"])
+    recipe = parse(paper_k400(), ["--data.frames", "8"])
     del rates["decord loop, decode"]
     text = bench.report(recipe, rates | {"images, decode + augment": 1.0}, None)
     assert "decord loop, decode: doesn't give" in text and "PyAV loop, decode: d" not in text

@@ -24,7 +24,7 @@ from bevt_lib import (
 )
 from bevt_lib.base import files
 from bevt_lib.base.config import UNUSED, flatten
-from bevt_lib.cli import choose, override, parse, run_command
+from bevt_lib.cli import choose, parse, run_command
 from bevt_lib.presets import FINETUNE, PRETRAIN, TRAIN_TOKENIZER, lesson_image
 
 ROOT = Path(__file__).parent.parent
@@ -223,9 +223,9 @@ def test_values_are_read_as_their_fields_say_and_the_preset_stays(words):
     before = flatten(lesson_image())
     if VALUES[words] is None:
         with pytest.raises(ValueError, match="unknown option"):
-            override(lesson_image(), words.split())
+            parse(lesson_image(), words.split())
         return
-    for recipe in (override(lesson_image(), words.split()),
+    for recipe in (parse(lesson_image(), words.split()),
                    recipe_of(pretrain, "lesson_image", *words.split())):  # fmt: skip
         after = flatten(recipe)
         changed = {k: v for k, v in after.items() if v != before[k]}
@@ -236,7 +236,7 @@ def test_values_are_read_as_their_fields_say_and_the_preset_stays(words):
 
 
 def test_an_empty_text_is_a_value():
-    recipe = override(lesson_image(), ["--data.image-list", "x", "--data.image-list", ""])
+    recipe = parse(lesson_image(), ["--data.image-list", "x", "--data.image-list", ""])
     assert recipe == lesson_image()
 
 

@@ -14,7 +14,7 @@ from test_cli import run
 
 from bevt_lib import evaluate, finetune, parts
 from bevt_lib.base import distributed, files
-from bevt_lib.cli import override
+from bevt_lib.cli import parse
 from bevt_lib.datasets import sources, synthetic
 from bevt_lib.model.classifier import Classifier
 from bevt_lib.model.normalisation import normalise
@@ -54,7 +54,7 @@ def broken(tmp_path):
 
 
 def lesson(*options):
-    recipe = override(FINETUNE["lesson_what"](), options)
+    recipe = parse(FINETUNE["lesson_what"](), options)
     model = parts.build_classifier(recipe).eval()
     load_strict(model, read_weights(WHAT), "lesson_what")
     return recipe, model
@@ -194,7 +194,7 @@ def test_the_papers_views_go_through_a_few_at_a_time(name, own, tmp_path, monkey
     small = ["--model.embed-dim", "8", "--model.depths", "1,1,1,1", "--model.num-heads", "1,1,1,1",
              "--model.window", "2,2,2", "--data.size", "64", "--data.short", "64,64",
              "--num-classes", "8", "--data.workers", "1", "--run.test-clips", "3"]  # fmt: skip
-    recipe = override(FINETUNE[name](), small)
+    recipe = parse(FINETUNE[name](), small)
     parts.build_classifier(recipe).save_pretrained(tmp_path / "model")
     sizes, logits = [], Classifier.logits
 
@@ -245,7 +245,7 @@ def checkpoint_of(folder, step):
 def test_validation_scores_the_weights_of_its_step(validated):
     """The numbers in the record are those of the saved averages, read back and scored alone."""
     folder, options, _ = validated
-    recipe = override(FINETUNE["lesson_what"](), options[1:])
+    recipe = parse(FINETUNE["lesson_what"](), options[1:])
     record = {row["step"]: row for row in lines_of(folder / "metrics.jsonl")}
     marks = [row for row in record.values() if "val/top1" in row]
     assert len(record) == 6 and len(marks) == 3
@@ -271,7 +271,7 @@ def test_the_best_is_kept_and_both_are_tested_with_all_views(validated, tmp_path
         assert all(torch.equal(weights[key], value) for key, value in saved.items())
         again = tmp_path / f"{name}again"
         init = ["--run.init", str(folder / f"{name}model"), "--run.folder", str(again)]
-        result, _ = evaluate.evaluate(override(evaluate.PRESETS["lesson_what"](),
+        result, _ = evaluate.evaluate(parse(evaluate.PRESETS["lesson_what"](),
                                                [*options[1:-2], *init]))  # fmt: skip
         assert str(result) in line and result.clips == CLIPS
         scores = (folder / f"scores_{name}test.jsonl").read_bytes()
@@ -306,7 +306,7 @@ def test_a_run_that_was_stopped_is_not_tested(validated, tmp_path, capsys, monke
     ):  # fmt: skip
         more = ["--run.stop-after", str(stop), "--run.test-clips", str(clips)]
         more += ["--run.folder", str(tmp_path)]
-        recipe = override(FINETUNE["lesson_what"](), [*options[1:], *more])
+        recipe = parse(FINETUNE["lesson_what"](), [*options[1:], *more])
         seen.clear()
         finetune.finish(recipe, parts.build_classifier(recipe), done, steps=6)
         assert bool(seen) == tested

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from bevt_lib import parts, pretrain
-from bevt_lib.cli import override
+from bevt_lib.cli import parse
 from bevt_lib.datasets.video import write_video
 from bevt_lib.presets import paper_image, paper_joint
 from bevt_lib.tokenizers.dalle import DalleTokenizer, build
@@ -31,7 +31,7 @@ def files(tmp_path_factory):
 
 @pytest.mark.slow
 def test_one_step_at_full_size_moves_every_parameter(files):
-    recipe = override(paper_joint(), [
+    recipe = parse(paper_joint(), [
         "--data.video-list", str(files / "list.txt"), "--data.video-root", str(files),
         "--data.image-root", str(files / "images"), "--data.workers", "0",
         "--tokens.weights", str(files / "tokenizer.safetensors"),

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from bevt_lib.base import files
 from bevt_lib.base.config import ClipSpec
 from bevt_lib.base.seeds import Purpose, Stream, python_generator
-from bevt_lib.cli import override
+from bevt_lib.cli import parse
 from bevt_lib.datasets import augment, sources, synthetic, video
 from bevt_lib.datasets.items import (
     REPLACEMENTS,
@@ -336,8 +336,8 @@ def test_settings_that_can_not_work_are_refused_before_training():
         (["--erasing", "25"], "0 to 1, got 25"),
     ):
         with pytest.raises(ValueError, match=message):
-            override(paper_ssv2(), words)
-    recipe = override(paper_k400(), ["--sampling", "uniform"])
+            parse(paper_ssv2(), words)
+    recipe = parse(paper_k400(), ["--sampling", "uniform"])
     with pytest.raises(ValueError, match="1 test clip, not 4: --test-clips 1"):
         sources.labelled_items(recipe)
 

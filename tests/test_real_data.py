@@ -15,7 +15,7 @@ from test_cli import run
 
 from bevt_lib import bench, check_data
 from bevt_lib.base import files
-from bevt_lib.cli import override
+from bevt_lib.cli import parse
 from bevt_lib.datasets import lists
 from bevt_lib.datasets.lists import Entry, find_videos, leave_out_bad, read_classes, read_entries
 from bevt_lib.datasets.sources import pretraining_items
@@ -185,9 +185,9 @@ def test_plain_lists_stay_plain_whatever_their_suffix(tmp_path):
 def test_imagenet_is_read_from_folders_and_from_a_list(tmp_path):
     listed = imagenet(tmp_path)
     common = ["--data.image-root", str(tmp_path / "train")]
-    by_folder = pretraining_items(override(paper_joint(), common), "image")
+    by_folder = pretraining_items(parse(paper_joint(), common), "image")
     with_list = [*common, "--data.image-list", str(listed)]
-    by_list = pretraining_items(override(paper_joint(), with_list), "image")
+    by_list = pretraining_items(parse(paper_joint(), with_list), "image")
     assert sorted(by_list.entries) == list(by_folder.entries) and len(by_list) == 6
     assert [e.label for e in by_folder.entries] == [0, 0, 1, 1, 2, 2]
 
@@ -380,7 +380,7 @@ def test_the_commands_of_the_data_page_are_real(tmp_path, monkeypatch):
         command, *words = command.split()
         seen.add(command)
         if command in ("pretrain", "finetune"):
-            recipe = override((PRETRAIN | FINETUNE)[words[0]](), words[1:])
+            recipe = parse((PRETRAIN | FINETUNE)[words[0]](), words[1:])
             if not recipe.name.startswith("lesson"):  # these read the embedded clips
                 assert recipe.data.video_list and recipe.data.video_root and recipe.run.init
         else:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from bevt_lib import evaluate, finetune, parts, pretrain, train_tokenizer
 from bevt_lib.base.config import Data
-from bevt_lib.cli import override
+from bevt_lib.cli import parse
 from bevt_lib.datasets import sources, synthetic
 from bevt_lib.datasets.video import write_video
 from bevt_lib.presets import FINETUNE, PRETRAIN, TRAIN_TOKENIZER
@@ -104,7 +104,7 @@ def test_a_plan_counts_own_lists_and_tells_what_is_missing(own, monkeypatch):
 
     def plan(command, preset, *words):
         module, presets = COMMANDS[command]
-        text = module.plan(override(presets[preset](), words))
+        text = module.plan(parse(presets[preset](), words))
         return " ".join(text.split())
 
     told = plan("pretrain", "paper_joint")
@@ -165,7 +165,7 @@ def test_every_stream_is_told_at_the_start(own, monkeypatch, capsys):
 
 def test_pictures_of_a_tokenizer_may_be_listed(own):
     words = ["--data.image-root", str(own / "images"), "--data.image-list", str(own / "images.txt")]
-    recipe = override(TRAIN_TOKENIZER["lesson_peco"](), words)
+    recipe = parse(TRAIN_TOKENIZER["lesson_peco"](), words)
     train, held, origin = train_tokenizer.split_entries(recipe)
     assert len(train) == 1 and len(held) == 2
     assert origin == f"3 pictures from {own / 'images.txt'}; 2 of them held out"
@@ -173,10 +173,10 @@ def test_pictures_of_a_tokenizer_may_be_listed(own):
 
 def test_embedded_data_stand_in_stream_by_stream():
     """Pretraining on your own videos leaves the embedded images; fine-tuning mixes nothing."""
-    joint = override(PRETRAIN["lesson_joint"](), L)
+    joint = parse(PRETRAIN["lesson_joint"](), L)
     assert [sources.place_of(joint, stream).own for stream in joint.streams] == [True, False]
     assert not sources.place_of(joint, "video", "test").own
-    what = override(FINETUNE["lesson_what"](), L)
+    what = parse(FINETUNE["lesson_what"](), L)
     assert sources.place_of(what, "clip").own and sources.place_of(what, "clip", "val").own
     other = replace(FINETUNE["lesson_what"](), task="own")
     with pytest.raises(ValueError, match=r"lesson_what needs --data.val-list FILE: one"):
@@ -186,5 +186,5 @@ def test_embedded_data_stand_in_stream_by_stream():
 def test_a_plan_counts_the_embedded_clips_too():
     """5,120 clips in batches of 16, twice: not the one step of a data set of unknown size."""
     words = ["--optim.steps", "0", "--optim.epochs", "2"]
-    plan = finetune.plan(override(FINETUNE["lesson_how"](), words))
+    plan = finetune.plan(parse(FINETUNE["lesson_how"](), words))
     assert "steps             640 (5,120 clips, 320 steps an epoch)" in plan

@@ -14,7 +14,7 @@ import torch
 
 from bevt_lib import pretrain
 from bevt_lib.base import files
-from bevt_lib.cli import override
+from bevt_lib.cli import parse
 from bevt_lib.datasets import sources
 from bevt_lib.model.bevt import BEVT
 from bevt_lib.model.masking import block_mask, tube_mask
@@ -304,7 +304,7 @@ def test_the_digest_is_of_what_ids_depend_on(kind):
 def test_a_run_and_its_plan_are_sized_from_the_file(tmp_path):
     """PeCo at 16 px a token: an input of 96 px, where the recipe's own tokenizer wants 48."""
     peco().save(tmp_path / "peco.safetensors")
-    recipe = override(lesson_image(), [
+    recipe = parse(lesson_image(), [
         "--tokens.weights", str(tmp_path / "peco.safetensors"), "--data.workers", "0",
         "--optim.images", "2", "--run.stop-after", "1", "--run.folder", str(tmp_path / "run"),
     ])  # fmt: skip
