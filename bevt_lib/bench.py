@@ -1,49 +1,46 @@
-"""How many clips a second one core prepares, and how many cores feed one GPU.
+"""How fast the kit is beside what people would use instead, measured on this machine.
 
-    python -m bevt_lib.bench [--list FILE --root DIR] [--rate CLIPS_PER_S] [--processes N]
+    python -m bevt_lib.bench loading [--list FILE --root DIR] [--rate CLIPS_PER_S] [--processes N]
+    python -m bevt_lib.bench train [--out FILE.json] [--pairs N] [--only ROWS] [--tiny]
 
-Renders its own films (300 frames of 340x256, H.264 by x264's defaults), or takes yours, and its own
-pictures (JPEG, 500x375). This loader, with its default decoder and with decord, takes turns with
-plain loops of decord and PyAV that decode the same frames, one thread a process.
+loading, also without a word: how many clips a second one core prepares, beside plain loops of
+decord and PyAV, and how many cores feed one GPU. Renders its own films (300 frames of 340x256,
+H.264 by x264's defaults), or takes yours, and its own pictures (JPEG, 500x375).
+
+train: the joint step, the fine-tuning step, inference, tokenizing and loading beside torchvision's
+Swin, the DALL-E package and decord (bevt_lib/scoring/textbook.py), on the GPU where there is one;
+how near each part comes to a large matrix product, where the time goes, and how it grows.
 """
 
+import json
+import os
+import platform
+import subprocess
+import sys
 import tempfile
-import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from importlib.metadata import version
 from multiprocessing import Pool
 from pathlib import Path
 from typing import Any
 
-import av
-import cv2
 import numpy as np
 import torch
-from av.video.reformatter import VideoReformatter
-from PIL import Image
 
 from bevt_lib import cli, parts
+from bevt_lib.base import files
 from bevt_lib.base.config import Finetune, Pretrain, require
-from bevt_lib.base.files import data_folder
-from bevt_lib.datasets import sources
-from bevt_lib.datasets.augment import one_thread
-from bevt_lib.datasets.items import LabelledClips, PretrainClips
-from bevt_lib.datasets.video import Video, import_decord, read_frames
 from bevt_lib.presets import paper_joint, paper_k400, paper_ssv2
-from bevt_lib.scoring import cost
+from bevt_lib.scoring import cost, loaders, speed
 from bevt_lib.tokenizers.dalle import DalleTokenizer, build
 
-FRAMES, HEIGHT, WIDTH = 300, 256, 340  # ten seconds of re-encoded Kinetics
-PICTURE = (500, 375)  # width, height: an average ImageNet picture
-FILMS = 4
-Rates = dict[str, float]  # items a second of one process, by what does it
+Rows = Iterator[speed.Row]
 
 
 @dataclass
-class Options:
-    """What the command line says."""
+class Loading:
+    """What the command line says of loading."""
 
     list: str = ""  # your own list of videos; empty: rendered ones
     root: str = "."  # folder of that list's files
@@ -53,125 +50,123 @@ class Options:
     clips: int = 8  # clips a turn
 
 
+@dataclass
+class Train:
+    """What the command line says of training."""
+
+    out: str = ""  # JSON to write the table to, row by row
+    pairs: int = 5  # turns of each side; medians are told
+    only: str = ""  # kinds of rows, with commas; empty: all
+    tiny: bool = False  # smallest sizes: a rehearsal
+
+
 def main(arguments: list[str]) -> None:
-    """Read the command line, render, measure, print."""
-    given = cli.parse(Options, arguments, "python -m bevt_lib.bench", __doc__ or "")
+    """Read the command line, measure, print."""
+    words = list(arguments)
+    subject = words.pop(0) if words and not words[0].startswith("-") else "loading"
+    forms: dict[str, tuple[type, Callable[[Any], None]]] = {
+        "loading": (Loading, bench_loading), "train": (Train, bench_training)}  # fmt: skip
+    if subject not in forms:
+        raise ValueError(f"bench measures loading or train, not {subject!r}")
+    form, measure = forms[subject]
+    measure(cli.parse(form, words, f"python -m bevt_lib.bench {subject}", __doc__ or ""))
+
+
+def bench_loading(given: Loading) -> None:
+    """Let loaders take turns at the clips of three recipes, and print their rates."""
     valid = min(given.processes, given.rounds, given.clips) > 0 and given.rate >= 0
     require(valid, "--processes, --rounds, --clips and --rate are more than 0")
+    for recipe, rates in loading_rates(given):
+        print(report(recipe, rates, given.rate or None), flush=True)
+
+
+def loading_rates(given: Loading) -> Iterator[tuple[Pretrain | Finetune, loaders.Rates]]:
+    """Give recipes, and for each the mean rates of the processes."""
     with tempfile.TemporaryDirectory() as folder:
-        films, root = (given.list, given.root) if given.list else render(Path(folder))
-        data: Any = {"video_list": str(films), "video_root": str(root),
-                     "image_root": str(render_pictures(Path(folder) / "pictures"))}  # fmt: skip
+        rendered = (given.list, given.root) if given.list else loaders.render(Path(folder))
+        pictures = loaders.render_pictures(Path(folder) / "pictures")
+        data: Any = dict(zip(("video_list", "video_root"), map(str, rendered), strict=True))
         for recipe in (paper_joint(), paper_k400(), paper_ssv2()):
-            recipe = replace(recipe, data=replace(recipe.data, **data))
+            recipe = replace(recipe, data=replace(recipe.data, image_root=str(pictures), **data))
             jobs = [(recipe, given.rounds, given.clips, n) for n in range(given.processes)]
             with Pool(given.processes) as pool:
-                rates = pool.starmap(measure, jobs)
-            mean = {name: float(np.mean([r[name] for r in rates])) for name in rates[0]}
-            print(report(recipe, mean, given.rate or None), flush=True)
+                rates = pool.starmap(loaders.measure, jobs)
+            yield recipe, {name: float(np.mean([r[name] for r in rates])) for name in rates[0]}
 
 
-def render(folder: Path) -> tuple[Path, Path]:
-    """Write FILMS films of FRAMES frames and a list of them; return the list and its root.
-
-    Frames of the embedded film, enlarged and grained, encoded as ffmpeg does by default.
-    """
-    source = Video(data_folder() / "film" / "big_buck_bunny.mp4")
-    frames = source.frames(range(len(source)))
-    rng = np.random.default_rng(0)
-    for film in range(FILMS):
-        with av.open(str(folder / f"{film}.mp4"), "w") as container:
-            stream = container.add_stream("libx264", rate=30)
-            stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
-            stream.options = {"crf": "23"}
-            for number in range(FRAMES):
-                still = frames[(number + 45 * film) % len(frames)]
-                large = cv2.resize(still, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
-                grain = rng.integers(-4, 5, (HEIGHT, WIDTH, 1))
-                picture = np.clip(large + grain, 0, 255).astype(np.uint8)
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-            container.mux(stream.encode())
-    listed = folder / "list.txt"
-    listed.write_text("".join(f"{film}.mp4 {film}\n" for film in range(FILMS)))
-    return listed, folder
-
-
-def render_pictures(folder: Path) -> Path:
-    """Write grained pictures of about 80 kB in one class folder; return their root."""
-    (folder / "class").mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for number, photo in enumerate(sorted((data_folder() / "photos").glob("*.jpg"))[::20]):
-        large = Image.open(photo).convert("RGB").resize(PICTURE, Image.Resampling.BICUBIC)
-        grain = rng.normal(0, 12, (*PICTURE[::-1], 1))
-        pixels = np.clip(np.asarray(large) + grain, 0, 255).astype(np.uint8)
-        Image.fromarray(pixels).save(folder / "class" / f"{number}.jpg", quality=90)
-    return folder
-
-
-def decord_loop(path: Path, choose: Callable[[int], np.ndarray]) -> np.ndarray:
-    """Decode chosen frames as a plain decord loop does."""
-    reader = import_decord().VideoReader(str(path), num_threads=1)
-    return reader.get_batch(choose(len(reader))).asnumpy()
-
-
-def pyav_loop(path: Path, choose: Callable[[int], np.ndarray]) -> np.ndarray:
-    """Decode chosen frames as a plain PyAV loop does: from the start to the last one chosen."""
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        stream.codec_context.thread_count = 1
-        chosen = choose(stream.frames or len(Video(path)))  # webm has no count
-        convert, kept = VideoReformatter(), {}  # else one is made, with its threads, per frame
-        for number, frame in enumerate(container.decode(stream)):
-            if number in chosen:
-                kept[number] = convert.reformat(frame, format="rgb24", threads=1).to_ndarray()
-            if number == max(chosen):
-                break
-    return np.stack([kept[i] for i in chosen.tolist()])
-
-
-def measure(recipe: Pretrain | Finetune, rounds: int, clips: int, process: int) -> Rates:
-    """Let loaders take turns at the same clips; give the medians of their clips or images a second.
-
-    Seconds of processor time, which other programs on the machine disturb least.
-    """
-    one_thread(process)
-    torch.set_num_threads(1)
-    items: PretrainClips | LabelledClips = (
-        sources.pretraining_items(recipe, "video") if isinstance(recipe, Pretrain)
-        else sources.labelled_items(recipe)
-    )  # fmt: skip
-    first = process * rounds * clips
-
-    # What takes turns: this loader, and others that give the same frames.
-    def decode(read: Callable[..., np.ndarray], epoch: int) -> np.ndarray:
-        index = epoch % len(items)
-        return read(items.entries[index].path, items.choose(epoch, index))
-
-    work: dict[str, Callable[[int], object]] = {
-        "this loader, decode + augment": lambda n: items.sample(n, n % len(items)),
-        "this loader, decode": partial(decode, read_frames),
+def bench_training(given: Train) -> None:
+    """Measure row by row; print each as it comes, and write the table so far."""
+    cuda = torch.cuda.is_available()
+    sizes = speed.TINY_SIZES if given.tiny else speed.GPU_SIZES if cuda else speed.CPU_SIZES
+    kinds: dict[str, Callable[[], Rows]] = {
+        "joint": lambda: speed.joint_rows(sizes, given.pairs),
+        "finetune": lambda: speed.tuning_rows(sizes, given.pairs),
+        "inference": lambda: speed.inference_rows(sizes, given.pairs),
+        "tokenizing": lambda: speed.tokenizing_rows(sizes, given.pairs),
+        "loading": lambda: loading_rows(given),
+        "limits": lambda: speed.limit_rows(sizes, given.pairs),
+        "profile": lambda: speed.profile_rows(sizes),
+        "growth": lambda: speed.growth_rows(sizes, given.pairs),
+        "processes": process_rows,
     }
-    others: dict[str, Callable[..., np.ndarray]] = {
-        "this loader by decord, decode": partial(read_frames, decoder="decord"),
-        "decord loop, decode": decord_loop, "PyAV loop, decode": pyav_loop,
+    chosen = given.only.split(",") if given.only else list(kinds)
+    wrong = [kind for kind in chosen if kind not in kinds]
+    require(not wrong, f"--only takes {', '.join(kinds)}, not {', '.join(wrong)}")
+    require(given.pairs > 0, "--pairs is more than 0")
+    table: dict[str, Any] = {**about_this_machine(), "sizes": "tiny" if given.tiny else "full",
+                             "rows": []}  # fmt: skip
+    print(json.dumps({k: v for k, v in table.items() if k != "rows"}))
+    for kind in chosen:
+        for row in kinds[kind]():
+            print(tell(row), flush=True)
+            table["rows"].append({"kind": kind, **row})
+            if given.out:
+                with files.replace_file(Path(given.out)) as part:
+                    part.write_text(json.dumps(table, indent=1) + "\n")
+
+
+def tell(row: speed.Row) -> str:
+    """Write a row as a line: its name, then what it holds."""
+    numbers = (f"{k} {v:g}" if isinstance(v, float | int) else f"{v}"
+               for k, v in row.items() if k != "name")  # fmt: skip
+    return f"{row['name']:38s} " + ", ".join(numbers)
+
+
+def about_this_machine() -> dict[str, Any]:
+    """Say on what, with what and beside how much other work is measured."""
+    head = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always",
+                           "--dirty"], capture_output=True, text=True, check=False)  # fmt: skip
+    gpu = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
+    return {
+        "machine": ", ".join([platform.machine(), f"{os.cpu_count()} cores", *gpu]),
+        "versions": {name: version(name) for name in ("torch", "torchvision", "timm", "DALL-E")}
+                    | {"python": platform.python_version()},
+        "commit": head.stdout.strip(), "load": round(os.getloadavg()[0], 2),
+        "threads": torch.get_num_threads(),
     }  # fmt: skip
-    expected = decode(read_frames, first)
-    for name, read in others.items():
-        with suppress(Exception):  # decord isn't installed, or can't read this kind of video
-            if np.array_equal(decode(read, first), expected):
-                work[name] = partial(decode, read)
-    if isinstance(recipe, Pretrain):
-        images = sources.pretraining_items(recipe, "image")
-        work["images, decode + augment"] = lambda n: images.sample(n, n % len(images))
-    # Turn by turn, so that a busy machine slows all alike.
-    rates: dict[str, list[float]] = {name: [] for name in work}
-    for start in range(first, first + rounds * clips, clips):
-        for name, do in work.items():
-            began = time.process_time()
-            for number in range(start, start + clips):
-                do(number)
-            rates[name].append(clips / (time.process_time() - began))
-    return {name: float(np.median(values)) for name, values in rates.items()}
+
+
+def loading_rows(given: Train) -> Rows:
+    """Give the loader's seconds a clip beside a decord loop's, as rows of the table."""
+    for recipe, rates in loading_rates(Loading(rounds=given.pairs, clips=2 if given.tiny else 8)):
+        decode = "this loader, decode"
+        if "decord loop, decode" in rates:
+            row = {"ours": 1 / rates[decode], "textbook": 1 / rates["decord loop, decode"]}
+            yield {"name": f"loading {recipe.name}", **row, "ratio": row["textbook"] / row["ours"]}
+
+
+def process_rows() -> Rows:
+    """Give the items a second of one and of two processes that train lesson_joint on the CPU."""
+    for processes in (1, 2):
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                       f"--nproc-per-node={processes}", "-m", "bevt_lib.pretrain", "lesson_joint",
+                       "--run.stop-after", "24", "--run.folder", folder]  # fmt: skip
+            hidden = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+            subprocess.run(command, check=True, capture_output=True, env=os.environ | hidden)
+            lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()[4:]
+            rate = float(np.median([json.loads(line)["items_per_s"] for line in lines]))
+        yield {"name": f"lesson_joint, {processes} process(es)", "items_per_s": round(rate, 2)}
 
 
 def assumed_rate(recipe: Pretrain | Finetune) -> float:
@@ -187,7 +182,7 @@ def assumed_rate(recipe: Pretrain | Finetune) -> float:
     return recipe.optim.clips / (3600 * cost.gpu_hours(cost.PASSES * student, frozen))
 
 
-def report(recipe: Pretrain | Finetune, rates: Rates, rate: float | None) -> str:
+def report(recipe: Pretrain | Finetune, rates: loaders.Rates, rate: float | None) -> str:
     """Write the rates of a recipe and the cores that feed a GPU of ``rate`` clips a second."""
     d = recipe.data
     uniform = isinstance(recipe, Finetune) and recipe.sampling == "uniform"

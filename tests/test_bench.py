@@ -11,17 +11,17 @@ from bevt_lib.cli import parse
 from bevt_lib.datasets.lists import read_entries
 from bevt_lib.datasets.video import Video, read_frames
 from bevt_lib.presets import paper_joint, paper_k400, paper_ssv2
-from bevt_lib.scoring import cost
+from bevt_lib.scoring import cost, loaders
 
 
 @pytest.fixture(scope="module")
 def films(tmp_path_factory):
-    return bench.render(tmp_path_factory.mktemp("films"))
+    return loaders.render(tmp_path_factory.mktemp("films"))
 
 
 def test_films_are_what_re_encoded_kinetics_is(films):
     entries = read_entries(*films)
-    assert len({entry.path.read_bytes() for entry in entries}) == bench.FILMS
+    assert len({entry.path.read_bytes() for entry in entries}) == loaders.FILMS
     for entry in entries:
         film = Video(entry.path)
         assert len(film) == 300 and film.frames([0, 299]).shape == (2, 256, 340, 3)
@@ -33,9 +33,9 @@ def test_all_loops_decode_the_same_frames(films):
     for start in (0, 100, 172):
         chosen = start + 8 * np.arange(16)
         ours = read_frames(path, lambda total, c=chosen: c % total)
-        assert np.array_equal(ours, bench.pyav_loop(path, lambda total, c=chosen: c % total))
+        assert np.array_equal(ours, loaders.pyav_loop(path, lambda total, c=chosen: c % total))
         pytest.importorskip("decord")  # no wheel for some machines
-        assert np.array_equal(ours, bench.decord_loop(path, lambda total, c=chosen: c % total))
+        assert np.array_equal(ours, loaders.decord_loop(path, lambda total, c=chosen: c % total))
 
 
 @pytest.mark.parametrize("preset", [paper_joint, paper_k400, paper_ssv2])

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bevt_lib.base.config import Model, require
+from bevt_lib.model.attention import Kinds, fused_attention, plain_attention
 
 Size3 = tuple[int, int, int]
 MASKED_LOGIT = -100.0  # added to logits across shift regions; the released value, not -inf
@@ -30,6 +31,7 @@ class WindowPlan(NamedTuple):
     padded: Size3  # the map, padded at its ends to whole windows
     bias_index: Tensor  # int64 (N, N): rows of the bias table for each pair of a window's tokens
     mask: Tensor | None  # float (windows, N, N), 0 or -100 across shift regions
+    kinds: Kinds  # the windows that share a mask, with it; none without a mask
 
 
 @lru_cache(maxsize=256)
@@ -56,7 +58,7 @@ def window_plan(
     tokens = math.prod(effective)
     index = bias_index(window if released_quirks else effective, window)[:tokens, :tokens]
     mask = shift_mask(padded, effective, shift).to(device) if any(shift) else None
-    return WindowPlan(effective, shift, padded, index.to(device), mask)
+    return WindowPlan(effective, shift, padded, index.to(device), mask, kinds_of(mask))
 
 
 def _three(values: Iterable[int]) -> Size3:
@@ -78,7 +80,8 @@ def _released_image_plan(
     region_shift = (0, side // 2, side // 2)
     index = bias_index(window, window)[: side * side, : side * side].to(device)
     mask = shift_mask(size, square, region_shift).to(device)
-    return WindowPlan(square, region_shift if shifted else (0, 0, 0), size, index, mask)
+    roll = region_shift if shifted else (0, 0, 0)
+    return WindowPlan(square, roll, size, index, mask, kinds_of(mask))
 
 
 def bias_index(window: Size3, table_window: Size3) -> Tensor:
@@ -114,6 +117,14 @@ def shift_mask(padded: Size3, window: Size3, shift: Size3) -> Tensor:
     return apart.float() * MASKED_LOGIT
 
 
+def kinds_of(mask: Tensor | None) -> Kinds:
+    """Group the windows of a shift mask (windows, N, N) by what it says of them."""
+    if mask is None:
+        return ()
+    distinct, kind = mask.unique(dim=0, return_inverse=True)
+    return tuple(((kind == i).nonzero().flatten(), one) for i, one in enumerate(distinct))
+
+
 def split_windows(x: Tensor, window: Size3) -> Tensor:
     """Cut (B, D, H, W, C) into windows: (B * windows, tokens of a window, C)."""
     d, h, w = window
@@ -132,27 +143,27 @@ def join_windows(x: Tensor, window: Size3, padded: Size3) -> Tensor:
 class WindowAttention(nn.Module):
     """Multi-head self-attention inside windows, with a learned bias per relative position."""
 
+    fused = True  # False: by plain_attention, which does the same
+
     def __init__(self, dim: int, num_heads: int, window: Size3):
         super().__init__()
         self.num_heads = num_heads
-        self.scale = (dim // num_heads) ** -0.5
         rows = math.prod(2 * w - 1 for w in window)
         self.bias_table = nn.Parameter(torch.zeros(rows, num_heads))
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, bias_index: Tensor, mask: Tensor | None) -> Tensor:
-        """Attend within (B * windows, N, C); ``mask`` is (windows, N, N) or None."""
-        q, k, v = rearrange(
-            self.qkv(x), "b n (three heads c) -> three b heads n c", three=3, heads=self.num_heads
-        )
-        logits = (q * self.scale) @ k.transpose(-2, -1)
-        logits = logits + self.bias_table[bias_index].permute(2, 0, 1)
-        if mask is not None:
-            by_window = rearrange(logits, "(b w) h n m -> b w h n m", w=len(mask))
-            logits = (by_window + mask[:, None]).flatten(0, 1)
-        out = logits.softmax(dim=-1) @ v
-        return self.proj(rearrange(out, "b heads n c -> b n (heads c)"))
+    def forward(self, x: Tensor, plan: WindowPlan) -> Tensor:
+        """Attend within (B * windows, N, C), cut as planned."""
+        count = 1 if plan.mask is None else len(plan.mask)  # windows of an item that differ
+        qkv = rearrange(self.qkv(x), "(b w) n (three heads c) -> b w n three heads c",
+                        w=count, three=3, heads=self.num_heads)  # fmt: skip
+        bias = self.bias_table[plan.bias_index].permute(2, 0, 1)
+        if self.fused:
+            out = fused_attention(qkv, bias, plan.kinds)
+        else:
+            out = plain_attention(qkv, bias, plan.mask)
+        return self.proj(rearrange(out, "b w n heads c -> (b w) n (heads c)"))
 
 
 class Mlp(nn.Module):
@@ -205,7 +216,7 @@ class Block(nn.Module):
             x = F.pad(x, (0, 0, 0, w, 0, h, 0, d))
         if any(plan.shift):
             x = x.roll([-s for s in plan.shift], dims=(1, 2, 3))
-        x = self.attn(split_windows(x, plan.window), plan.bias_index, plan.mask)
+        x = self.attn(split_windows(x, plan.window), plan)
         x = join_windows(x, plan.window, plan.padded)
         if any(plan.shift):
             x = x.roll(plan.shift, dims=(1, 2, 3))

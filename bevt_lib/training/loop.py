@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from bevt_lib.base import distributed
 from bevt_lib.base.config import Optim, Run
+from bevt_lib.base.memory import keep_freed_memory
 from bevt_lib.base.trainable import Batch, Part
 from bevt_lib.datasets.augment import one_thread
 from bevt_lib.datasets.items import step_batches
@@ -84,7 +85,8 @@ def be_deterministic(switch: bool) -> None:
 
 
 def set_up(run: Run) -> None:
-    """Set torch's threads and determinism; call before anything is computed."""
+    """Set torch's threads and determinism, and keep freed memory; call before anything else."""
+    keep_freed_memory()
     if run.threads:
         torch.set_num_threads(run.threads)
     be_deterministic(run.deterministic)
