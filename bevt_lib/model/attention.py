@@ -2,8 +2,7 @@
 
 Both take ``qkv`` (B, windows, N, 3, heads, c): the queries, keys and values of the N tokens of each
 window, and ``bias`` (heads, N, N), added to the logits of every window; both return
-(B, windows, N, heads, c). Which one a block calls is set by :class:`bevt_lib.model.swin.
-WindowAttention`; a test holds them equal, gradients too.
+(B, windows, N, heads, c). :func:`attend` chooses; a test holds them equal, gradients too.
 """
 
 from typing import Any
@@ -13,7 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Kinds = tuple[tuple[Tensor, Tensor], ...]  # windows with the same mask: int64 (n,), float (N, N)
+FUSED_FROM = 128  # tokens of a window from which a CPU trains faster by the kernel, measured
 CHUNK = 2**19  # logits that a backward pass on a CPU holds at a time: they stay in its cache
+
+
+def attend(qkv: Tensor, bias: Tensor, mask: Tensor | None, kinds: Kinds) -> Tensor:
+    """Attend by the fused kernel, but for small windows in training on a CPU."""
+    if qkv.device.type == "cpu" and torch.is_grad_enabled() and qkv.shape[2] < FUSED_FROM:
+        return plain_attention(qkv, bias, mask)
+    return fused_attention(qkv, bias, kinds)
 
 
 def plain_attention(qkv: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
@@ -32,14 +39,14 @@ def fused_attention(qkv: Tensor, bias: Tensor, kinds: Kinds) -> Tensor:
     mask as one constant and holds a few rows of logits at a time, so that memory grows with N and
     not with its square. Source: FlashAttention (Dao et al. 2022), as PyTorch has it.
     """
-    attend = _kernel if qkv.is_cuda else _FusedOnCpu.apply
+    kernel = _kernel if qkv.is_cuda else _FusedOnCpu.apply
     bias = bias.to(qkv.dtype)
     if not kinds:
-        return attend(qkv.flatten(0, 1), bias).unflatten(0, qkv.shape[:2])
+        return kernel(qkv.flatten(0, 1), bias).unflatten(0, qkv.shape[:2])
     parts = []
     for windows, mask in kinds:
         mine = qkv[:, windows]
-        out = attend(mine.flatten(0, 1), bias + mask.to(bias.dtype))
+        out = kernel(mine.flatten(0, 1), bias + mask.to(bias.dtype))
         parts.append(out.unflatten(0, mine.shape[:2]))
     order = torch.cat([windows for windows, _ in kinds]).argsort()
     return torch.cat(parts, dim=1)[:, order]
@@ -59,7 +66,7 @@ class _FusedOnCpu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, bias: Tensor) -> Tensor:
-        out = _kernel(qkv, bias.detach())
+        out = _kernel(qkv, bias.detach()).contiguous()  # which it is, but on meta
         ctx.save_for_backward(qkv, bias, out)
         return out
 

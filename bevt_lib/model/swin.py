@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bevt_lib.base.config import Model, require
-from bevt_lib.model.attention import Kinds, fused_attention, plain_attention
+from bevt_lib.model.attention import Kinds, attend
 
 Size3 = tuple[int, int, int]
 MASKED_LOGIT = -100.0  # added to logits across shift regions; the released value, not -inf
@@ -57,8 +57,8 @@ def window_plan(
     padded = _three(math.ceil(s / w) * w for s, w in zip(size, effective, strict=True))
     tokens = math.prod(effective)
     index = bias_index(window if released_quirks else effective, window)[:tokens, :tokens]
-    mask = shift_mask(padded, effective, shift).to(device) if any(shift) else None
-    return WindowPlan(effective, shift, padded, index.to(device), mask, kinds_of(mask))
+    mask = shift_mask(padded, effective, shift) if any(shift) else None
+    return WindowPlan(effective, shift, padded, index.to(device), *on(device, mask))
 
 
 def _three(values: Iterable[int]) -> Size3:
@@ -79,9 +79,9 @@ def _released_image_plan(
     square = (1, side, side)
     region_shift = (0, side // 2, side // 2)
     index = bias_index(window, window)[: side * side, : side * side].to(device)
-    mask = shift_mask(size, square, region_shift).to(device)
+    mask = shift_mask(size, square, region_shift)
     roll = region_shift if shifted else (0, 0, 0)
-    return WindowPlan(square, roll, size, index, mask, kinds_of(mask))
+    return WindowPlan(square, roll, size, index, *on(device, mask))
 
 
 def bias_index(window: Size3, table_window: Size3) -> Tensor:
@@ -117,12 +117,13 @@ def shift_mask(padded: Size3, window: Size3, shift: Size3) -> Tensor:
     return apart.float() * MASKED_LOGIT
 
 
-def kinds_of(mask: Tensor | None) -> Kinds:
-    """Group the windows of a shift mask (windows, N, N) by what it says of them."""
+def on(device: torch.device, mask: Tensor | None) -> tuple[Tensor | None, Kinds]:
+    """Bring a shift mask (windows, N, N) to a device, and group its windows by what it says."""
     if mask is None:
-        return ()
+        return None, ()
     distinct, kind = mask.unique(dim=0, return_inverse=True)
-    return tuple(((kind == i).nonzero().flatten(), one) for i, one in enumerate(distinct))
+    windows = [(kind == i).nonzero().flatten().to(device) for i in range(len(distinct))]
+    return mask.to(device), tuple(zip(windows, distinct.to(device), strict=True))
 
 
 def split_windows(x: Tensor, window: Size3) -> Tensor:
@@ -143,8 +144,6 @@ def join_windows(x: Tensor, window: Size3, padded: Size3) -> Tensor:
 class WindowAttention(nn.Module):
     """Multi-head self-attention inside windows, with a learned bias per relative position."""
 
-    fused = True  # False: by plain_attention, which does the same
-
     def __init__(self, dim: int, num_heads: int, window: Size3):
         super().__init__()
         self.num_heads = num_heads
@@ -155,14 +154,11 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor, plan: WindowPlan) -> Tensor:
         """Attend within (B * windows, N, C), cut as planned."""
-        count = 1 if plan.mask is None else len(plan.mask)  # windows of an item that differ
+        count = 1 if plan.mask is None else len(plan.mask)  # windows with masks of their own
         qkv = rearrange(self.qkv(x), "(b w) n (three heads c) -> b w n three heads c",
                         w=count, three=3, heads=self.num_heads)  # fmt: skip
         bias = self.bias_table[plan.bias_index].permute(2, 0, 1)
-        if self.fused:
-            out = fused_attention(qkv, bias, plan.kinds)
-        else:
-            out = plain_attention(qkv, bias, plan.mask)
+        out = attend(qkv, bias, plan.mask, plan.kinds)
         return self.proj(rearrange(out, "b w n heads c -> (b w) n (heads c)"))
 
 

@@ -66,7 +66,7 @@ def count(run: Callable[..., Any], *arguments: Any) -> Count:
 class Bf16(TorchFunctionMode):
     """Cast as CUDA's autocast to bf16 does in our models; the meta device has no autocast."""
 
-    DOWN = (F.linear, F.conv3d, F.conv_transpose3d, Tensor.matmul)
+    DOWN = (F.linear, F.conv3d, F.conv_transpose3d, F.scaled_dot_product_attention, Tensor.matmul)
     UP = (F.layer_norm, Tensor.softmax, F.cross_entropy)
 
     def __init__(self) -> None:
