@@ -6,6 +6,7 @@ embedded clips and pictures, and the others (paper_*) refuse to start.
 """
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 from bevt_lib.base import distributed, files
 from bevt_lib.base.config import Finetune, Pretrain, Recipe
 from bevt_lib.datasets import lists, synthetic
+from bevt_lib.datasets.decoded import Decoded
 from bevt_lib.datasets.items import Clips, LabelledClips, PretrainClips, PretrainImages
 from bevt_lib.datasets.lists import Entry
 from bevt_lib.datasets.video import Video, import_decord
@@ -150,8 +152,9 @@ def photos_and_film_frames(recipe: Recipe, split: str) -> list[Entry]:
 
 
 def print_origins(items: Mapping[str, Clips]) -> None:
-    """Print, on rank 0, a line per data set: how many items, from where."""
-    distributed.say(*(f"{name}: {one.origin}" for name, one in items.items()))
+    """Print, on rank 0, a line per data set: how many items, from where; and where decoded."""
+    distributed.say(*(f"{name}: {one.origin}" for name, one in items.items()),
+                    *{str(one.decoded) for one in items.values() if one.decoded})  # fmt: skip
 
 
 def plan_sources(recipe: AnyRecipe, splits: Sequence[str] = ()) -> tuple[AnyRecipe, dict[str, str]]:
@@ -184,8 +187,12 @@ def plan_sources(recipe: AnyRecipe, splits: Sequence[str] = ()) -> tuple[AnyReci
 
 def reading(recipe: Recipe, origin: str = "") -> dict[str, Any]:
     """Give what every data set takes from a recipe beside how clips are cut."""
-    d = recipe.data
-    return {"seed": recipe.run.seed, "timeout": d.timeout, "decoder": d.decoder, "origin": origin}
+    d, decoded = recipe.data, None
+    if d.decoded and not all(place_of(recipe, *part).own for part in parts_of(recipe)):
+        folder = synthetic.render()
+        decoded = Decoded(folder) if os.access(folder, os.W_OK) else None
+    return {"seed": recipe.run.seed, "timeout": d.timeout, "decoder": d.decoder, "origin": origin,
+            "decoded": decoded}  # fmt: skip
 
 
 def pretraining_items(recipe: Pretrain, stream: str, split: str = "train") -> PretrainClips:
