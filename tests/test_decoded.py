@@ -2,7 +2,6 @@
 
 import pickle
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -133,18 +132,24 @@ def test_samples_are_those_without(folder, workers):
     assert len(pickle.dumps(positions.items)) < 10_000  # no pixels go to spawned workers
 
 
-def test_only_embedded_data_are_kept_and_only_if_asked_and_possible(tmp_path, monkeypatch, capsys):
+def test_a_folder_that_cannot_be_written_is_told_in_one_line(folder):
+    (folder / "decoded").touch()
+    with pytest.raises(ValueError, match=r"decoded clips in .*: make it writable, or leave out --"):
+        Decoded(folder).frames(folder / CLIP, np.arange, fail)
+
+
+def test_decoded_data_are_kept_where_asked_and_told_in_one_line(capsys):
     what = presets.lesson_what()
-    root = synthetic.render()
-    items = {split: sources.labelled_items(what, split) for split in ("train", "val")}
-    assert {one.decoded for one in items.values()} == {Decoded(root)}
+    assert sources.labelled_items(what).decoded is None
+    asked = parse(what, ["--data.decoded", "true"])
+    items = {split: sources.labelled_items(asked, split) for split in ("train", "val")}
+    assert {one.decoded for one in items.values()} == {Decoded(synthetic.render())}
     sources.print_origins(items)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 and str(root / "decoded") in lines[2] and "up to 4.3 GB" in lines[2]
-    assert sources.labelled_items(parse(what, ["--data.decoded", "false"])).decoded is None
-    (tmp_path / "list.txt").write_text(f"{root / CLIP} 0\n")
-    listed = str(tmp_path / "list.txt")
-    own = replace(what, data=replace(what.data, video_list=listed, val_list=listed))
-    assert sources.labelled_items(own).decoded is None
-    monkeypatch.setattr(sources.os, "access", lambda path, mode: False)  # on a read-only disk
-    assert sources.labelled_items(what).decoded is None
+    assert len(lines) == 3 and lines[2].startswith("decoded clips and stills are kept in rendered/")
+    assert "up to 4.3 GB" in lines[2]
+    own = ["--data.decoded", "true", "--data.video-list", "l", "--data.val-list", "l"]
+    with pytest.raises(ValueError, match=r"own and doesn't use --data\.decoded: leave"):
+        sources.check_sources(parse(what, own))
+    joint = parse(presets.lesson_joint(), own[:4])  # its pictures are embedded
+    sources.check_sources(joint)

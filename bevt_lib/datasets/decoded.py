@@ -20,7 +20,7 @@ import numpy as np
 from bevt_lib.datasets.synthetic import CLIPS, FRAMES, SIDE, STILLS
 from bevt_lib.datasets.video import ChooseFrames
 
-SPARE = 10e9  # bytes that are left free on the disk
+SPARE = 2e9  # bytes that are left free on the disk
 KINDS = {  # of items: how many per split, and what is kept of one
     kind: (counts, np.dtype([("pixels", "u1", (frames, SIDE, SIDE, 3)), ("sums", "u8", (frames,))]))
     for kind, counts, frames in (("clips", CLIPS, FRAMES), ("images", STILLS, 1))
@@ -35,10 +35,8 @@ class Decoded:
 
     def __str__(self) -> str:
         size = sum(sum(counts.values()) * record.itemsize for counts, record in KINDS.values())
-        return (
-            f"embedded data are kept decoded in {self.folder / 'decoded'}: up to {size / 1e9:.1f} "
-            f"GB, while {SPARE / 1e9:.0f} GB stay free; --data.decoded false to decode them anew"
-        )
+        return (f"decoded clips and stills are kept in rendered/{self.folder.name}/decoded: up to "
+                f"{size / 1e9:.1f} GB, while {SPARE / 1e9:.0f} GB stay free")  # fmt: skip
 
     def frames(
         self, path: Path, choose: ChooseFrames, read: Callable[[ChooseFrames], np.ndarray]
@@ -73,9 +71,16 @@ def _sums(pixels: np.ndarray) -> np.ndarray:
 
 @lru_cache
 def _records(file: Path, kind: str, split: str) -> np.ndarray:
-    """Map a file; it starts as one hole as large as all of its records."""
+    """Map a file; it starts as one hole as large as all of its records.
+
+    Raises ValueError where it can't be written.
+    """
     counts, record = KINDS[kind]
-    file.parent.mkdir(exist_ok=True)
-    with file.open("ab") as out:
-        out.truncate(counts[split] * record.itemsize)
+    try:
+        file.parent.mkdir(exist_ok=True)
+        with file.open("ab") as out:
+            out.truncate(counts[split] * record.itemsize)
+    except OSError as error:
+        what = f"can't keep decoded clips in {file.parent} ({error.strerror})"
+        raise ValueError(f"{what}: make it writable, or leave out --data.decoded") from None
     return np.memmap(file, record, "r", shape=(counts[split],))

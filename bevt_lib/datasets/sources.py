@@ -6,7 +6,6 @@ embedded clips and pictures, and the others (paper_*) refuse to start.
 """
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -87,6 +86,7 @@ def check_sources(recipe: Recipe, splits: Sequence[str] = (), *, plan: bool = Fa
     used = {field for stream, _ in own for field in (*FIELDS[stream], "checked")}
     fields = (*FIELDS["clip"], *FIELDS["image"], "checked")
     unused = ["--data." + f.replace("_", "-") for f in fields if getattr(d, f) and f not in used]
+    unused += ["--data.decoded"] * (d.decoded and len(own) == len(parts_of(recipe, splits)))
     if unused:
         reads = f"{recipe.name} reads {'data of your own' if own else 'the embedded data'}"
         raise ValueError(f"{reads} and doesn't use {', '.join(unused)}: leave it out")
@@ -187,12 +187,9 @@ def plan_sources(recipe: AnyRecipe, splits: Sequence[str] = ()) -> tuple[AnyReci
 
 def reading(recipe: Recipe, origin: str = "") -> dict[str, Any]:
     """Give what every data set takes from a recipe beside how clips are cut."""
-    d, decoded = recipe.data, None
-    if d.decoded and not all(place_of(recipe, *part).own for part in parts_of(recipe)):
-        folder = synthetic.render()
-        decoded = Decoded(folder) if os.access(folder, os.W_OK) else None
+    d = recipe.data
     return {"seed": recipe.run.seed, "timeout": d.timeout, "decoder": d.decoder, "origin": origin,
-            "decoded": decoded}  # fmt: skip
+            "decoded": Decoded(synthetic.render()) if d.decoded else None}  # fmt: skip
 
 
 def pretraining_items(recipe: Pretrain, stream: str, split: str = "train") -> PretrainClips:
