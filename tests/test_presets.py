@@ -28,7 +28,7 @@ ADAMW = {
     "optim.betas": (0.9, 0.999), "optim.cosine": True, "optim.warmup_start": 0.1,
     "optim.steps": 0, "optim.restarts": (), "optim.cosine_steps": 0,  # of the whole length
     "optim.last_share": 0.0,  # to zero
-    "optim.loss_weights": (1.0, 1.0), "data.embedded": False,
+    "optim.loss_weights": (1.0, 1.0), "data.embedded": False, "data.decoded": False,
 }  # fmt: skip
 RELEASED = {
     "paper_joint": SWIN_B | ADAMW | {

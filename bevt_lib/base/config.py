@@ -77,6 +77,7 @@ class Data:
     bad_share: float = 0.01  # stop where more of the items seen had to be replaced: 0 to 1
     decoder: str = "auto"  # of videos: pyav, decord; auto: pyav, the faster in bench
     embedded: bool = True  # where no list or root is given, read the embedded clips and pictures
+    decoded: bool = False  # keep embedded clips and stills decoded on disk: up to 4.3 GB, faster
     timeout: float = 60.0  # seconds after which reading a file is given up; 0: never
     workers: int = 1  # loader processes per stream and process
     expected_items: int = 0  # items in the first stream's data set, for the plan of a run

@@ -101,15 +101,16 @@ def colour_jitter(frames: np.ndarray, rng: np.random.Generator, strength: float)
     and draws the order once per run.
     """
     x = frames.astype(np.float32)
-    grey = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+    weights = np.array([0.299, 0.587, 0.114], dtype=np.float32)
     for operation in rng.permutation(3):
         factor = np.float32(rng.uniform(1 - strength, 1 + strength))
-        if operation == 0:
-            x = x * factor
-        elif operation == 1:
-            x = (x @ grey).mean() * (1 - factor) + x * factor
-        else:
-            x = (x @ grey)[..., None] * (1 - factor) + x * factor
+        grey = x @ weights
+        x *= factor
+        if operation == 1:
+            x += grey.mean() * (1 - factor)
+        elif operation == 2:
+            for channel in range(3):  # faster than adding grey[..., None]
+                x[..., channel] += grey * (1 - factor)
     return np.clip(np.rint(x), 0, 255).astype(np.uint8)
 
 

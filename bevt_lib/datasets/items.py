@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from bevt_lib.base.config import ClipSpec
 from bevt_lib.base.seeds import Purpose, Stream, numpy_generator, python_generator
 from bevt_lib.datasets import augment, sampling
+from bevt_lib.datasets.decoded import Decoded
 from bevt_lib.datasets.lists import VIDEOS, Entries, Entry
 from bevt_lib.datasets.video import BadFile, ChooseFrames, read_frames, read_image, with_timeout
 
@@ -38,7 +39,8 @@ class Clips:
     """What the data sets below share: entries, how clips are cut (``spec``), how files are read.
 
     Reading raises BadFile for a file that can't be read within ``timeout`` seconds (0: any time).
-    ``origin`` says how many entries there are and where they come from.
+    What is embedded may be kept ``decoded``. ``origin`` says how many entries there are and where
+    they come from.
     """
 
     entries: Sequence[Entry]
@@ -47,6 +49,7 @@ class Clips:
     seed: int
     timeout: float = 0.0
     decoder: str = "auto"
+    decoded: Decoded | None = None
     origin: str = ""
     stream: ClassVar[Stream] = Stream.VIDEO
 
@@ -70,7 +73,9 @@ class Clips:
 
     def decode(self, index: int, choose: ChooseFrames) -> np.ndarray:
         """Decode the chosen frames of a video."""
-        return read_frames(self.entries[index].path, choose, self.timeout, self.decoder)
+        path = self.entries[index].path
+        read = partial(read_frames, path, timeout=self.timeout, decoder=self.decoder)
+        return self.decoded.frames(path, choose, read) if self.decoded else read(choose)
 
 
 @dataclass(eq=False)
@@ -111,7 +116,11 @@ class PretrainImages(PretrainClips):
 
     def read(self, epoch: int, index: int) -> np.ndarray:
         path = self.entries[index].path
-        return with_timeout(self.timeout, partial(read_image, path), path)
+
+        def read(choose: ChooseFrames) -> np.ndarray:
+            return with_timeout(self.timeout, partial(read_image, path), path)
+
+        return self.decoded.frames(path, np.arange, read) if self.decoded else read(np.arange)
 
 
 class Pictures(PretrainImages):

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 from bevt_lib.base import distributed, files
 from bevt_lib.base.config import Finetune, Pretrain, Recipe
 from bevt_lib.datasets import lists, synthetic
+from bevt_lib.datasets.decoded import Decoded
 from bevt_lib.datasets.items import Clips, LabelledClips, PretrainClips, PretrainImages
 from bevt_lib.datasets.lists import Entry
 from bevt_lib.datasets.video import Video, import_decord
@@ -85,6 +86,7 @@ def check_sources(recipe: Recipe, splits: Sequence[str] = (), *, plan: bool = Fa
     used = {field for stream, _ in own for field in (*FIELDS[stream], "checked")}
     fields = (*FIELDS["clip"], *FIELDS["image"], "checked")
     unused = ["--data." + f.replace("_", "-") for f in fields if getattr(d, f) and f not in used]
+    unused += ["--data.decoded"] * (d.decoded and len(own) == len(parts_of(recipe, splits)))
     if unused:
         reads = f"{recipe.name} reads {'data of your own' if own else 'the embedded data'}"
         raise ValueError(f"{reads} and doesn't use {', '.join(unused)}: leave it out")
@@ -150,8 +152,9 @@ def photos_and_film_frames(recipe: Recipe, split: str) -> list[Entry]:
 
 
 def print_origins(items: Mapping[str, Clips]) -> None:
-    """Print, on rank 0, a line per data set: how many items, from where."""
-    distributed.say(*(f"{name}: {one.origin}" for name, one in items.items()))
+    """Print, on rank 0, a line per data set: how many items, from where; and where decoded."""
+    distributed.say(*(f"{name}: {one.origin}" for name, one in items.items()),
+                    *{str(one.decoded) for one in items.values() if one.decoded})  # fmt: skip
 
 
 def plan_sources(recipe: AnyRecipe, splits: Sequence[str] = ()) -> tuple[AnyRecipe, dict[str, str]]:
@@ -185,7 +188,8 @@ def plan_sources(recipe: AnyRecipe, splits: Sequence[str] = ()) -> tuple[AnyReci
 def reading(recipe: Recipe, origin: str = "") -> dict[str, Any]:
     """Give what every data set takes from a recipe beside how clips are cut."""
     d = recipe.data
-    return {"seed": recipe.run.seed, "timeout": d.timeout, "decoder": d.decoder, "origin": origin}
+    return {"seed": recipe.run.seed, "timeout": d.timeout, "decoder": d.decoder, "origin": origin,
+            "decoded": Decoded(synthetic.render()) if d.decoded else None}  # fmt: skip
 
 
 def pretraining_items(recipe: Pretrain, stream: str, split: str = "train") -> PretrainClips:

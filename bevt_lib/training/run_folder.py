@@ -34,8 +34,8 @@ LINE_EVERY = 30.0  # seconds between two lines in a log file
 MAY_DIFFER = {
     "data.video_list", "data.video_root", "data.image_root", "data.image_list", "data.val_list",
     "data.class_list", "data.checked", "data.bad_share", "data.timeout", "data.workers",
-    "data.expected_items", "data.decoder", "data.embedded", "tokens.weights", "perceptual_weights",
-    "default_init",
+    "data.expected_items", "data.decoder", "data.decoded", "data.embedded", "tokens.weights",
+    "perceptual_weights", "default_init",
     "val_epochs", "views_at_once", "test_clips", "test_crops", "watch_every",
 }  # fmt: skip
 RENAMED = {"model.released": "model.released_quirks"}  # fields of older runs
