@@ -13,7 +13,7 @@ from bevt_lib.base.trainable import Batch, Part
 from bevt_lib.model import masking, normalisation
 from bevt_lib.weights import load
 
-CHUNK = 64  # pictures per forward pass, to bound memory
+CHUNK = 16  # pictures per forward pass, to bound memory; more miss a CPU's cache
 START_PICTURES = 1024  # pictures that a codebook starts from, at most
 
 
