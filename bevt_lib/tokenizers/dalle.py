@@ -64,7 +64,7 @@ class DalleTokenizer(FrozenTokenizer):
         for layer in self.encoder.modules():
             if isinstance(layer, dall_e.utils.Conv2d):
                 layer.use_float16 = half and layer is not output.conv
-        fast = self.architecture["hidden"] >= WIDE and winograd.is_usable(x)
+        fast = self.architecture["hidden"] >= WIDE and winograd.is_usable(x, output.conv.w)
         x = features(self.encoder, x, fast)
         with torch.autocast("cuda" if pictures.is_cuda else "cpu", enabled=False):
             return convolve(output.conv, output.relu(x), fast)

@@ -21,9 +21,12 @@ OUTPUT = [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -
 _packed = WeakTensorKeyDictionary()  # weight: (its version and place, its matrices)
 
 
-def is_usable(x: Tensor) -> bool:
-    """Say whether oneDNN can do this: a float32 tensor on a CPU, outside of autocast."""
-    plain = x.device.type == "cpu" and x.dtype == torch.float32
+def is_usable(x: Tensor, weight: Tensor) -> bool:
+    """Say whether oneDNN can do this: float32 on a CPU outside of autocast.
+
+    A weight made in inference mode doesn't tell when it changes, so it can't be packed once.
+    """
+    plain = x.device.type == "cpu" and x.dtype == torch.float32 and not weight.is_inference()
     return plain and torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu")
 
 
@@ -62,7 +65,8 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def transform_kernel(weight: Tensor) -> list[Tensor]:
     """Give the 36 matrices (K, C) of a kernel (K, C, 3, 3), summed in float64."""
     one = weight.new_tensor(KERNEL, dtype=torch.float64) / 24
-    return list(torch.einsum("ia,kcab,jb->ijkc", one, weight.double(), one).float().flatten(0, 1))
+    places = weight.permute(2, 3, 0, 1).reshape(9, -1).double()
+    return list((torch.kron(one, one) @ places).float().view(36, *weight.shape[:2]))
 
 
 def cached(weight: Tensor, transform: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
