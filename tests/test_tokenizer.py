@@ -20,7 +20,7 @@ from bevt_lib.model.bevt import BEVT
 from bevt_lib.model.masking import block_mask, tube_mask
 from bevt_lib.presets import lesson_image
 from bevt_lib.tokenizers import base, baselines, dvae
-from bevt_lib.tokenizers.base import CHUNK, add_tokens
+from bevt_lib.tokenizers.base import CPU_PIXELS, add_tokens
 from bevt_lib.tokenizers.dalle import DalleTokenizer, build, expected_pixels
 from bevt_lib.tokenizers.load import load_tokenizer
 from bevt_lib.tokenizers.peco import PecoShape, PecoTokenizer
@@ -272,7 +272,9 @@ def test_all_tokenizers_have_one_interface(parts, kind, tmp_path):
     assert type(tokenizer) is type(made)
     assert (tokenizer.vocab_size, tokenizer.factor) == (made.vocab_size, made.factor)
     assert tokenizer.digest() == made.digest()
-    pictures = torch.from_numpy(cells(np.random.default_rng(0), CHUNK + 3, 32, 48))
+    pictures = torch.from_numpy(
+        cells(np.random.default_rng(0), CPU_PIXELS // (32 * 48) + 3, 32, 48)
+    )
     ids = tokenizer.encode(pictures)
     assert torch.equal(ids, made.encode(pictures)) and ids.dtype == torch.int64
     assert ids.shape == (len(pictures), 32 // made.factor, 48 // made.factor)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bevt_lib.base.config import ClipSpec, Model, require
+from bevt_lib.base.onednn import Linear
 from bevt_lib.base.trainable import Batch, Noise, Term
 from bevt_lib.model.hub import Saved, as_architecture
 from bevt_lib.model.masking import mask_in_time, mask_on_grid
@@ -32,7 +33,7 @@ class Decoder(nn.Module):
     def __init__(self, dim: int, frames_per_step: int):
         super().__init__()
         self.up = nn.ConvTranspose3d(dim, dim, kernel_size=(1, 2, 2), stride=(1, 2, 2))
-        self.fuse = nn.Linear(dim // 2 + dim, dim)
+        self.fuse = Linear(dim // 2 + dim, dim)
         lift = (frames_per_step, 1, 1)  # kernel and stride
         self.lift = nn.ConvTranspose3d(dim, dim, lift, lift) if frames_per_step > 1 else None
 
@@ -86,7 +87,7 @@ class BEVT(Saved):
             self.decoder[stream] = Decoder(self.swin.dims[-1], frames)
         self.mask_token = nn.Parameter(torch.zeros(a.embed_dim))
         self.norm = nn.LayerNorm(self.swin.dims[-1])
-        self.token_head = nn.Linear(self.swin.dims[-1], vocab_size)
+        self.token_head = Linear(self.swin.dims[-1], vocab_size)
         initialise(self, a.linear_std)
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-2.0, b=2.0)
         self.noise_sizes = {stream: 2 * self.swin.num_blocks for stream in streams}

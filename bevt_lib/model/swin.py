@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bevt_lib.base.config import Model, require
+from bevt_lib.base.onednn import Linear
 from bevt_lib.model.attention import Kinds, attend
 
 Size3 = tuple[int, int, int]
@@ -149,8 +150,8 @@ class WindowAttention(nn.Module):
         self.num_heads = num_heads
         rows = math.prod(2 * w - 1 for w in window)
         self.bias_table = nn.Parameter(torch.zeros(rows, num_heads))
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, plan: WindowPlan) -> Tensor:
         """Attend within (B * windows, N, C), cut as planned."""
@@ -167,8 +168,8 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, ratio: float = 4.0):
         super().__init__()
-        self.fc1 = nn.Linear(dim, int(dim * ratio))
-        self.fc2 = nn.Linear(int(dim * ratio), dim)
+        self.fc1 = Linear(dim, int(dim * ratio))
+        self.fc2 = Linear(int(dim * ratio), dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
@@ -233,7 +234,7 @@ class PatchMerging(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.norm = nn.LayerNorm(4 * dim)
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.reduction = Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, D, H, W, C) to (B, D, ceil(H/2), ceil(W/2), 2C); odd sizes are padded with zeros."""

@@ -14,6 +14,7 @@ from bevt_lib.model import masking, normalisation
 from bevt_lib.weights import load
 
 CHUNK = 64  # pictures per forward pass, to bound memory
+CPU_PIXELS = 24 * 48 * 48  # the same on a CPU, in pixels: larger chunks miss its cache
 START_PICTURES = 1024  # pictures that a codebook starts from, at most
 
 
@@ -62,10 +63,12 @@ class FrozenTokenizer(nn.Module, ABC):
             raise ValueError(f"pictures must be uint8 (N, h, w, 3), got {pictures.dtype} {shape}")
         if shape[1] % factor or shape[2] % factor:
             raise ValueError(f"pictures' sides {shape[1:3]} must be multiples of {factor} px")
+        on_cpu = pictures.device.type == "cpu"
+        chunk = max(1, CPU_PIXELS // (shape[1] * shape[2])) if on_cpu else CHUNK
         allowed, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
         try:  # float32 without TF32, whose 10 bits of mantissa change ids
             with torch.inference_mode():
-                ids = torch.cat([self.encode_chunk(part) for part in pictures.split(CHUNK)])
+                ids = torch.cat([self.encode_chunk(part) for part in pictures.split(chunk)])
         finally:
             torch.backends.cudnn.allow_tf32 = allowed
         return ids.clone()  # outside of inference mode: a loss may keep them for its backward

@@ -4,6 +4,7 @@ Built from the DALL-E package's own encoder and decoder: full size for the paper
 and with fewer token ids for the lesson. Source: Ramesh et al. 2021 (DALL-E), BEVT section 3.1.
 """
 
+from itertools import chain
 from typing import Any
 
 import attr
@@ -11,9 +12,12 @@ import dall_e
 import torch
 from torch import Tensor, nn
 
+from bevt_lib.tokenizers import winograd
 from bevt_lib.tokenizers.base import FrozenTokenizer, to_unit
 
 FACTOR = 8  # pixels per id, both ways: three poolings of 2
+WIDE = 128  # hidden channels from which fast convolutions pay; ids of narrow ones stay bit by bit
+NARROWEST = 128  # output channels from which Winograd's algorithm is faster: measured
 BLOCKS = (dall_e.encoder.EncoderBlock, dall_e.decoder.DecoderBlock)
 
 
@@ -60,14 +64,42 @@ class DalleTokenizer(FrozenTokenizer):
         for layer in self.encoder.modules():
             if isinstance(layer, dall_e.utils.Conv2d):
                 layer.use_float16 = half and layer is not output.conv
-        x = self.encoder.blocks[:-1](x)
+        fast = self.architecture["hidden"] >= WIDE and winograd.is_usable(x, output.conv.w)
+        x = features(self.encoder, x, fast)
         with torch.autocast("cuda" if pictures.is_cuda else "cpu", enabled=False):
-            return output(x)
+            return convolve(output.conv, output.relu(x), fast)
 
     def decode_chunk(self, ids: Tensor) -> Tensor:
         one_hot = nn.functional.one_hot(ids, self.vocab_size).permute(0, 3, 1, 2).float()
         mean, log_spread = self.decoder(one_hot).float().chunk(2, dim=1)
         return dall_e.unmap_pixels(expected_pixels(mean, log_spread)) * 255
+
+
+def features(encoder: dall_e.Encoder, x: Tensor, fast: bool) -> Tensor:
+    """Do encoder.blocks[:-1](x), without a gradient and in place where the package copies.
+
+    Bit by bit the same unless ``fast``: see :func:`convolve`.
+    """
+    x = encoder.blocks.input(x)
+    for layer in chain(*encoder.blocks[1:-1]):
+        if not isinstance(layer, dall_e.encoder.EncoderBlock):
+            x = layer(x)
+            continue
+        path = x
+        for conv in layer.res_path[1::2]:
+            path = convolve(conv, nn.functional.relu(path, inplace=path is not x), fast)
+        skip = x if isinstance(layer.id_path, nn.Identity) else convolve(layer.id_path, x, fast)
+        x = skip + path.mul_(layer.post_gain)
+    return x
+
+
+def convolve(conv: dall_e.utils.Conv2d, x: Tensor, fast: bool) -> Tensor:
+    """Do conv(x); ``fast``: with packed weights, and where it pays by Winograd's algorithm."""
+    if fast and conv.kw == 1:
+        return winograd.conv1x1(x, conv.w, conv.b)
+    if fast and conv.kw == 3 and conv.n_out >= NARROWEST:
+        return winograd.conv3x3(x, conv.w, conv.b)
+    return conv(x)
 
 
 def expected_pixels(mean: Tensor, log_spread: Tensor, points: int = 9) -> Tensor:
