@@ -7,6 +7,7 @@ from torch.nn.functional import conv2d
 
 from bevt_lib.tokenizers import base, dalle, winograd
 
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN")
 SIZES = [(1, 1, 1), (1, 3, 5), (2, 4, 4), (3, 6, 9), (1, 8, 13), (2, 14, 14), (17, 7, 30)]
 
 
@@ -40,10 +41,10 @@ def test_a_changed_weight_is_packed_anew():
             )
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN")
 def test_a_wide_encoder_gives_the_packages_ids_also_after_loading_others(monkeypatch):
     """Random weights, residual paths at full size so that they matter; more than one chunk."""
     torch.manual_seed(0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.setattr(base, "CPU_PIXELS", 4 * 32 * 16)
     used = []
     for name in ("conv1x1", "conv3x3"):

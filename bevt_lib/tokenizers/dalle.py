@@ -94,10 +94,14 @@ def features(encoder: dall_e.Encoder, x: Tensor, fast: bool) -> Tensor:
 
 
 def convolve(conv: dall_e.utils.Conv2d, x: Tensor, fast: bool) -> Tensor:
-    """Do conv(x); ``fast``: with packed weights, and where it pays by Winograd's algorithm."""
+    """Do conv(x); ``fast``: with packed weights, and where it pays by Winograd's algorithm.
+
+    That is thousands of short products. Threads wait for each other after every one, which on a
+    busy machine took ten times as long, so it is for one thread.
+    """
     if fast and conv.kw == 1:
         return winograd.conv1x1(x, conv.w, conv.b)
-    if fast and conv.kw == 3 and conv.n_out >= NARROWEST:
+    if fast and conv.kw == 3 and conv.n_out >= NARROWEST and torch.get_num_threads() == 1:
         return winograd.conv3x3(x, conv.w, conv.b)
     return conv(x)
 

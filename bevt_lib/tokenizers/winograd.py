@@ -1,7 +1,7 @@
 """Convolutions of wide frozen networks on a CPU, with fewer products than PyTorch's own.
 
 Source: Lavin and Gray 2016 (arXiv 1509.09308), F(4x4, 3x3): 36 products give 16 outputs, where the
-definition takes 144. Rounding errors are about 5 times as large. float32, no gradient.
+definition takes 144. Rounding errors are 5 to 10 times as large. float32, no gradient.
 """
 
 from collections.abc import Callable
