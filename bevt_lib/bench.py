@@ -134,14 +134,21 @@ def tell(row: speed.Row) -> str:
 
 def about_this_machine() -> dict[str, Any]:
     """Say on what, with what and beside how much other work is measured."""
-    head = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always",
-                           "--dirty"], capture_output=True, text=True, check=False)  # fmt: skip
+    try:
+        head = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout
+    except OSError:
+        head = ""  # no git
     gpu = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
     return {
         "machine": ", ".join([platform.machine(), f"{os.cpu_count()} cores", *gpu]),
         "versions": {name: version(name) for name in ("torch", "torchvision", "timm", "DALL-E")}
                     | {"python": platform.python_version()},
-        "commit": head.stdout.strip(), "load": round(os.getloadavg()[0], 2),
+        "commit": head.strip(), "load": round(os.getloadavg()[0], 2),
         "threads": torch.get_num_threads(),
     }  # fmt: skip
 

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 
 from bevt_lib import parts, presets
+from bevt_lib.base import onednn
 from bevt_lib.model import attention
 from bevt_lib.model.classifier import Classifier
 from bevt_lib.model.masking import tube_mask
@@ -120,6 +121,7 @@ def small(device: str):
 def test_kept_bytes_are_what_the_allocator_still_holds(autocast, monkeypatch):
     """PyTorch's profiler counts what the CPU allocator gave and got back, whatever for."""
     monkeypatch.setattr(attention, "FUSED_FROM", 0)  # as on a GPU
+    monkeypatch.setattr(onednn, "X86", False)
 
     def forward(model, pixels, noise):
         if not autocast:

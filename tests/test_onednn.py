@@ -7,7 +7,7 @@ from torch import nn
 from bevt_lib.base import onednn
 
 
-@pytest.mark.parametrize("shape", [(1, 3), (5, 7), (2, 3, 4, 24), (3000, 17), (33, 0)])
+@pytest.mark.parametrize("shape", [(1, 3), (5, 7), (2, 3, 4, 24), (3000, 17), (0, 5)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_layer_is_pytorchs(shape, bias):
     torch.manual_seed(0)
@@ -15,8 +15,7 @@ def test_the_layer_is_pytorchs(shape, bias):
     plain.load_state_dict(ours.state_dict())
     outcomes = []
     for layer in (ours, plain):
-        x = torch.linspace(-2, 2, max(1, torch.Size(shape).numel()))[: torch.Size(shape).numel()]
-        x = x.view(shape).requires_grad_()
+        x = torch.linspace(-2, 2, torch.Size(shape).numel()).view(shape).requires_grad_()
         out = layer(x)
         (out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
         outcomes.append([out.detach(), x.grad, *(p.grad for p in layer.parameters())])

@@ -388,3 +388,17 @@ def test_wrong_files_and_pictures_are_refused(parts, pictures, tmp_path):
         tokenizer.encode(pictures[:, :44])
     with pytest.raises(ValueError, match="uint8"):
         tokenizer.encode(pictures.float())
+
+
+def test_ids_do_not_depend_on_how_many_cores_name_pictures():
+    tokenizer = DalleTokenizer(*build(128, 1, 64))
+    pictures = torch.randint(0, 256, (30, 64, 64, 3), dtype=torch.uint8)
+    before, ids = torch.get_num_threads(), []
+    try:
+        for cores in (1, 3):
+            torch.set_num_threads(cores)
+            ids.append(tokenizer.encode(pictures))
+            assert torch.get_num_threads() == cores
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*ids) and not ids[1].is_inference()

@@ -18,7 +18,7 @@ FEW = 2048  # rows up to which the weight's gradient is faster, too: measured
 
 def is_usable(x: Tensor) -> bool:
     """Say whether oneDNN can multiply ``x``: float32 on an x86 CPU, outside of autocast."""
-    plain = X86 and x.device.type == "cpu" and x.dtype == torch.float32
+    plain = X86 and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0
     plain = plain and torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling()
     there = hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return plain and there and not torch.is_autocast_enabled("cpu")

@@ -2,6 +2,8 @@
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
@@ -68,7 +70,7 @@ class FrozenTokenizer(nn.Module, ABC):
         allowed, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
         try:  # float32 without TF32, whose 10 bits of mantissa change ids
             with torch.inference_mode():
-                ids = torch.cat([self.encode_chunk(part) for part in pictures.split(chunk)])
+                ids = torch.cat(by_core(self.encode_chunk, pictures.split(chunk)))
         finally:
             torch.backends.cudnn.allow_tf32 = allowed
         return ids.clone()  # outside of inference mode: a loss may keep them for its backward
@@ -98,6 +100,28 @@ class FrozenTokenizer(nn.Module, ABC):
         """Load tensors of any float type; returns self. Raises ValueError where they don't fit."""
         load.load_strict(self, state, f"{self.kind} tokenizer of {self.architecture}")
         return self
+
+
+def by_core(work: Callable[[Tensor], Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
+    """Do ``work(part)`` for each part, in inference mode: on a CPU each by one core.
+
+    Pictures don't wait for each other, where threads that share one convolution do after each.
+    """
+    cores = torch.get_num_threads()
+    shared = parts[0].device.type != "cpu" or torch.is_autocast_enabled("cpu")
+    if shared or min(cores, len(parts)) == 1:
+        return [work(part) for part in parts]
+
+    def alone(part: Tensor) -> Tensor:
+        torch.set_num_threads(1)  # of this thread
+        with torch.inference_mode():
+            return work(part)
+
+    try:
+        with ThreadPoolExecutor(min(cores, len(parts))) as pool:
+            return list(pool.map(alone, parts))
+    finally:
+        torch.set_num_threads(cores)
 
 
 class TrainableTokenizer(nn.Module, ABC):

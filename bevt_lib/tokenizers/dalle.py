@@ -96,8 +96,8 @@ def features(encoder: dall_e.Encoder, x: Tensor, fast: bool) -> Tensor:
 def convolve(conv: dall_e.utils.Conv2d, x: Tensor, fast: bool) -> Tensor:
     """Do conv(x); ``fast``: with packed weights, and where it pays by Winograd's algorithm.
 
-    That is thousands of short products. Threads wait for each other after every one, which on a
-    busy machine took ten times as long, so it is for one thread.
+    That is thousands of short products, after each of which threads would wait for each other: so
+    it is for one thread, as ``encode`` gives each picture.
     """
     if fast and conv.kw == 1:
         return winograd.conv1x1(x, conv.w, conv.b)
