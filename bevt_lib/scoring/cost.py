@@ -66,7 +66,7 @@ def count(run: Callable[..., Any], *arguments: Any) -> Count:
 class Bf16(TorchFunctionMode):
     """Cast as CUDA's autocast to bf16 does in our models; the meta device has no autocast."""
 
-    DOWN = (F.linear, F.conv3d, F.conv_transpose3d, F.scaled_dot_product_attention, Tensor.matmul)
+    DOWN = (F.linear, F.conv3d, F.conv_transpose3d, Tensor.matmul)
     UP = (F.layer_norm, Tensor.softmax, F.cross_entropy)
 
     def __init__(self) -> None:
@@ -215,6 +215,7 @@ def memory(
 ) -> dict[str, int]:  # fmt: skip
     """Estimate the bytes a GPU needs, by what they are for.
 
+    Attention's logits are counted, which a GPU's fused kernel doesn't keep, if it takes the window.
     Not counted: the work space of single operations, the gaps between tensors and, with
     ``run.checkpoint_activations``, what one block keeps when it is computed again. On CPU, at a
     quarter of Swin-B's width, the peak of a forward and backward pass was 0.1 % above what the
