@@ -76,12 +76,15 @@ def bench_loading(given: Loading) -> None:
     """Let loaders take turns at the clips of three recipes, and print their rates."""
     valid = min(given.processes, given.rounds, given.clips) > 0 and given.rate >= 0
     require(valid, "--processes, --rounds, --clips and --rate are more than 0")
-    for recipe, rates in loading_rates(given):
-        print(report(recipe, rates, given.rate or None), flush=True)
+    for recipe, rates in loading_rates(given, at_once=given.processes):
+        mean = {name: float(np.mean([r[name] for r in rates])) for name in rates[0]}
+        print(report(recipe, mean, given.rate or None), flush=True)
 
 
-def loading_rates(given: Loading) -> Iterator[tuple[Pretrain | Finetune, loaders.Rates]]:
-    """Give recipes, and for each the mean rates of the processes."""
+def loading_rates(
+    given: Loading, *, at_once: int
+) -> Iterator[tuple[Pretrain | Finetune, list[loaders.Rates]]]:
+    """Give recipes, and for each the rates of the processes, so many of which run at a time."""
     with tempfile.TemporaryDirectory() as folder:
         rendered = (given.list, given.root) if given.list else loaders.render(Path(folder))
         pictures = loaders.render_pictures(Path(folder) / "pictures")
@@ -89,9 +92,8 @@ def loading_rates(given: Loading) -> Iterator[tuple[Pretrain | Finetune, loaders
         for recipe in (paper_joint(), paper_k400(), paper_ssv2()):
             recipe = replace(recipe, data=replace(recipe.data, image_root=str(pictures), **data))
             jobs = [(recipe, given.rounds, given.clips, n) for n in range(given.processes)]
-            with Pool(given.processes) as pool:
-                rates = pool.starmap(loaders.measure, jobs)
-            yield recipe, {name: float(np.mean([r[name] for r in rates])) for name in rates[0]}
+            with Pool(at_once) as pool:
+                yield recipe, pool.starmap(loaders.measure, jobs)
 
 
 def bench_training(given: Train) -> None:
@@ -155,11 +157,15 @@ def about_this_machine() -> dict[str, Any]:
 
 def loading_rows(given: Train) -> Rows:
     """Give the loader's seconds a clip beside a decord loop's, as rows of the table."""
-    for recipe, rates in loading_rates(Loading(rounds=given.pairs, clips=2 if given.tiny else 8)):
-        decode = "this loader, decode"
-        if "decord loop, decode" in rates:
-            row = {"ours": 1 / rates[decode], "textbook": 1 / rates["decord loop, decode"]}
-            yield {"name": f"loading {recipe.name}", **row, "ratio": row["textbook"] / row["ours"]}
+    turns = Loading(processes=given.pairs, rounds=1, clips=2 if given.tiny else 8)
+    ours, loop = "this loader, decode", "decord loop, decode"
+    for recipe, rates in loading_rates(turns, at_once=1):
+        if all(loop in turn for turn in rates):
+            ratios = [turn[ours] / turn[loop] for turn in rates]
+            row = {"ours": np.median([1 / turn[ours] for turn in rates]),
+                   "textbook": np.median([1 / turn[loop] for turn in rates]),
+                   "ratio": np.median(ratios), "low": min(ratios), "high": max(ratios)}  # fmt: skip
+            yield {"name": f"loading, {recipe.name}", **speed.rounded(row)}
 
 
 def process_rows() -> Rows:

@@ -7,6 +7,11 @@ from torch import nn
 from bevt_lib.base import onednn
 
 
+@pytest.fixture(autouse=True)
+def narrow_layers_too(monkeypatch):
+    monkeypatch.setattr(onednn, "WIDE", 0)
+
+
 @pytest.mark.parametrize("shape", [(1, 3), (5, 7), (2, 3, 4, 24), (3000, 17), (0, 5)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_layer_is_pytorchs(shape, bias):

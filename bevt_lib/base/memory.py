@@ -3,8 +3,9 @@
 import ctypes
 import sys
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's names, of mallopt(3)
-USUAL = {M_TRIM_THRESHOLD: 128 * 1024, M_MMAP_MAX: 65536}
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # glibc's names, of mallopt(3)
+# Where a process that frees large blocks gets to by itself: glibc moves both thresholds up.
+USUAL = {M_TRIM_THRESHOLD: 2**26, M_MMAP_THRESHOLD: 2**25, M_MMAP_MAX: 65536}
 KEPT = {M_TRIM_THRESHOLD: -1, M_MMAP_MAX: 0}
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 X86 = platform.machine() in ("x86_64", "AMD64")
+WIDE = 128  # features in and out from which a layer is faster: measured
 FEW = 2048  # rows up to which the weight's gradient is faster, too: measured
 
 
@@ -30,10 +31,10 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """PyTorch's linear layer, by oneDNN where that can be used."""
+    """PyTorch's linear layer, by oneDNN where that can be used and pays."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not is_usable(x):
+        if min(self.weight.shape) < WIDE or not is_usable(x):
             return F.linear(x, self.weight, self.bias)
         return _Product.apply(x, self.weight, self.bias)
 
