@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 X86 = platform.machine() in ("x86_64", "AMD64")
-WIDE = 128  # features in and out from which a layer is faster: measured
+WIDE = 256  # features in and out from which a layer is faster: measured
 FEW = 2048  # rows up to which the weight's gradient is faster, too: measured
 
 
