@@ -1,17 +1,20 @@
 """The benchmark: its own films, equal frames from every loader, and sums that add up."""
 
+import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from test_cli import run
 
 from bevt_lib import bench, finetune, pretrain
+from bevt_lib.base.files import data_folder
 from bevt_lib.cli import parse
 from bevt_lib.datasets.lists import read_entries
 from bevt_lib.datasets.video import Video, read_frames
 from bevt_lib.presets import paper_joint, paper_k400, paper_ssv2
-from bevt_lib.scoring import cost, loaders
+from bevt_lib.scoring import cost, loaders, speed
 
 
 @pytest.fixture(scope="module")
@@ -84,5 +87,60 @@ def test_the_benchmark_runs_as_a_command(films, processes):
      (["--list", "nowhere.txt"], r"nowhere\.txt: can't read this list")],
 )  # fmt: skip
 def test_wrong_settings_end_in_one_line(words, message):
+    with pytest.raises(ValueError, match=message):
+        bench.main(words)
+
+
+@pytest.mark.slow
+def test_training_is_measured_beside_the_textbook(tmp_path):
+    """At rehearsal sizes: every row, written as it comes, and both sides compute the same."""
+    out = tmp_path / "table.json"
+    result = run("bevt_lib.bench", "train", "--tiny", "--pairs", "1", "--out", str(out))
+    assert result.returncode == 0, result.stderr
+    table = json.loads(out.read_text())
+    assert {"machine", "versions", "commit", "load", "threads", "rows"} <= set(table)
+    kinds = {row["kind"] for row in table["rows"]}
+    wanted = {"joint", "finetune", "inference", "tokenizing", "limits", "profile", "growth",
+              "processes"}  # fmt: skip
+    assert wanted <= kinds <= wanted | {"loading"}
+    for row in table["rows"]:
+        assert row["name"] in result.stdout
+        if "ratio" in row:
+            assert row["low"] <= row["ratio"] <= row["high"]
+        assert row.get("differs", 0) < 1e-4 and row.get("changed", 0) == 0
+
+
+def test_both_sides_take_the_same_steps():
+    """Twelve steps of the joint loss at a real rate: the kit and the textbook stay together."""
+    step = speed.JointStep(speed.TINY_SIZES)
+    optim = replace(speed.OPTIM, lr=1e-3)
+    adamw = [step.update.optimizer, step.shadow.adamw]
+    for group in adamw[1].param_groups:
+        group["lr"] = optim.lr
+    curves = []
+    for turn in range(12):
+        mine = step.update.step([step.batch(turn)], turn, optim.lr, {})
+        curves.append((mine["loss"], step.textbook(turn)[0]))
+    ours, theirs = np.array(curves).T
+    assert np.allclose(ours, theirs, rtol=1e-4)
+    assert abs(ours - ours[0]).max() > 0.01  # they do move
+
+
+def test_the_stored_table_is_what_the_notebook_shows():
+    table = json.loads((data_folder() / "results" / "bench_cpu.json").read_text())
+    assert table["sizes"] == "full" and table["commit"] and not table["commit"].endswith("dirty")
+    names = {row["name"] for row in table["rows"]}
+    assert {"joint_step", "joint_step, memory kept", "finetune_step", "inference_b", "tokenizing",
+            "loading, paper_joint", "matrix product", "stage 3"} <= names  # fmt: skip
+    for row in table["rows"]:
+        assert row.get("differs", 0) < 1e-4 and row.get("changed", 0) == 0
+
+
+@pytest.mark.parametrize("words, message", [
+    (["train", "--only", "speed"], "--only takes joint"),
+    (["train", "--pairs", "0"], "more than 0"),
+    (["storing"], "loading or train, not 'storing'"),
+])  # fmt: skip
+def test_what_is_not_measured_is_told(words, message):
     with pytest.raises(ValueError, match=message):
         bench.main(words)
