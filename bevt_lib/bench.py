@@ -106,6 +106,7 @@ def bench_training(given: Train) -> None:
         "inference": lambda: speed.inference_rows(sizes, given.pairs),
         "tokenizing": lambda: speed.tokenizing_rows(sizes, given.pairs),
         "loading": lambda: loading_rows(given),
+        "memory": lambda: speed.memory_rows(sizes, given.pairs),
         "limits": lambda: speed.limit_rows(sizes, given.pairs),
         "profile": lambda: speed.profile_rows(sizes),
         "growth": lambda: speed.growth_rows(sizes, given.pairs),

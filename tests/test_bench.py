@@ -100,8 +100,8 @@ def test_training_is_measured_beside_the_textbook(tmp_path):
     table = json.loads(out.read_text())
     assert {"machine", "versions", "commit", "load", "threads", "rows"} <= set(table)
     kinds = {row["kind"] for row in table["rows"]}
-    wanted = {"joint", "finetune", "inference", "tokenizing", "limits", "profile", "growth",
-              "processes"}  # fmt: skip
+    wanted = {"joint", "finetune", "inference", "tokenizing", "memory", "limits", "profile",
+              "growth", "processes"}  # fmt: skip
     assert wanted <= kinds <= wanted | {"loading"}
     for row in table["rows"]:
         assert row["name"] in result.stdout
@@ -130,8 +130,8 @@ def test_the_stored_table_is_what_the_notebook_shows():
     table = json.loads((data_folder() / "results" / "bench_cpu.json").read_text())
     assert table["sizes"] == "full" and table["commit"] and not table["commit"].endswith("dirty")
     names = {row["name"] for row in table["rows"]}
-    assert {"joint_step", "joint_step, memory kept", "finetune_step", "inference_b", "tokenizing",
-            "loading, paper_joint", "matrix product", "stage 3"} <= names  # fmt: skip
+    assert {"joint_step", "joint_step, all frames named", "finetune_step", "inference_b",
+            "tokenizing", "loading, paper_joint", "matrix product", "stage 3"} <= names  # fmt: skip
     for row in table["rows"]:
         assert row.get("differs", 0) < 1e-4 and row.get("changed", 0) == 0
 

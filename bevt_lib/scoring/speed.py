@@ -6,8 +6,9 @@ disturb, and those of the clock on a GPU, where both sides compute in bf16.
 """
 
 import copy
+import multiprocessing
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -76,43 +77,41 @@ def seconds(work: Work, turn: int, device: torch.device) -> tuple[float, Any]:
     return clock() - began, result
 
 
-def race(name: str, ours: Work, others: Mapping[str, Work], pairs: int) -> Iterator[Row]:
-    """Let the kit and others take turns; give a row for each of the others.
+def race(name: str, ours: Work, other: Work, pairs: int) -> Row:
+    """Let the kit and the textbook take turns.
 
-    Each row has the medians of both sides' seconds, and the median, lowest and highest ratio of a
+    The row has the medians of both sides' seconds, and the median, lowest and highest ratio of a
     turn; on a GPU the peaks of their memory in GB. "differs" is the largest relative difference of
-    the numbers that the works return, if any: losses and lengths of gradients. On a CPU the others
-    have the process's memory as PyTorch uses it by itself, and in a second row kept, as we do.
+    the numbers that the works return, if any: losses and lengths of gradients. Both have the
+    process's freed memory kept, which :func:`memory_row` measures apart.
     """
     device = distributed.device()
-    sides = {"ours": (ours, True)} | {k: (work, False) for k, work in others.items()}
-    if device.type == "cpu" and keep_freed_memory():
-        sides |= {f"{k}, memory kept": (work, True) for k, work in others.items()}
+    keep_freed_memory()
+    sides = {"ours": ours, "textbook": other}
     times: dict[str, list[float]] = {who: [] for who in sides}
-    peaks = dict.fromkeys(sides, 0.0)
     results: dict[str, list[Any]] = {who: [] for who in sides}
+    peaks = dict.fromkeys(sides, 0.0)
     for turn in range(pairs + 1):  # the first only warms up
         for who in list(sides) if turn % 2 else list(sides)[::-1]:
-            work, kept = sides[who]
-            keep_freed_memory(kept)
-            taken, result = seconds(work, turn, device)
+            taken, result = seconds(sides[who], turn, device)
             results[who].append(result)
             if turn:
                 times[who].append(taken)
                 if device.type == "cuda":
                     peaks[who] = max(peaks[who], torch.cuda.max_memory_allocated() / 1e9)
-    keep_freed_memory()
-    for who in list(sides)[1:]:
-        ratios = np.array(times[who]) / np.array(times["ours"])
-        row = {"name": name + who.removeprefix("textbook"), "ours": np.median(times["ours"]),
-               "textbook": np.median(times[who]), "ratio": np.median(ratios),
-               "low": ratios.min(), "high": ratios.max()}  # fmt: skip
-        if device.type == "cuda":
-            row |= {"memory": peaks["ours"], "textbook_memory": peaks[who]}
-        if results[who][0] is not None:
-            mine, theirs = np.array(results["ours"]), np.array(results[who])
-            row["differs"] = np.abs(mine / theirs - 1).max()
-        yield rounded(row)
+    row = compare(name, times["ours"], times["textbook"])
+    if device.type == "cuda":
+        row |= {"memory": peaks["ours"], "textbook_memory": peaks["textbook"]}
+    if results["ours"][0] is not None:
+        row["differs"] = np.abs(np.array(results["ours"]) / np.array(results["textbook"]) - 1).max()
+    return rounded(row)
+
+
+def compare(name: str, ours: Sequence[float], textbook: Sequence[float]) -> Row:
+    """Make a row of the seconds of turns."""
+    ratios = np.array(textbook) / np.array(ours)
+    return {"name": name, "ours": np.median(ours), "textbook": np.median(textbook),
+            "ratio": np.median(ratios), "low": ratios.min(), "high": ratios.max()}  # fmt: skip
 
 
 def rounded(row: Row) -> Row:
@@ -205,7 +204,7 @@ def joint_rows(sizes: Sizes, pairs: int) -> Iterator[Row]:
     for name, hidden_only in (("joint_step", True), ("joint_step, all frames named", False)):
         step = JointStep(sizes, hidden_only=hidden_only)
         turns = max(pairs, MASKS) if hidden_only and sizes.side > 64 else pairs
-        yield from race(name, step.ours, {"textbook": step.textbook}, turns)
+        yield race(name, step.ours, step.textbook, turns)
 
 
 def clips(sizes: Sizes) -> Tensor:
@@ -222,8 +221,8 @@ def classifiers(a: Model) -> tuple[Classifier, nn.Module]:
     return model, textbook.build_classifier(model, a)
 
 
-def tuning_rows(sizes: Sizes, pairs: int, name: str = "finetune_step") -> Iterator[Row]:
-    """Race the fine-tuning step."""
+def tuning_sides(sizes: Sizes) -> tuple[Work, Work]:
+    """Give the fine-tuning step of either side."""
     model, other = classifiers(sizes.tuned)
     pixels = clips(sizes)
     label = torch.arange(len(pixels), device=pixels.device)
@@ -231,11 +230,12 @@ def tuning_rows(sizes: Sizes, pairs: int, name: str = "finetune_step") -> Iterat
     update = Update.start(task, OPTIM, Run(folder=""))
     shadow = Shadow(other, lambda x: F.cross_entropy(other(x).float(), label), OPTIM)
     batch: Any = {"clip": {"pixels": pixels, "label": label, "position": torch.arange(len(label))}}
+    return lambda turn: moved(update, batch), lambda turn: shadow.step(pixels)
 
-    def ours(turn: int) -> tuple[float, float]:
-        return moved(update, batch)
 
-    yield from race(name, ours, {"textbook": lambda turn: shadow.step(pixels)}, pairs)
+def tuning_rows(sizes: Sizes, pairs: int) -> Iterator[Row]:
+    """Race the fine-tuning step."""
+    yield race("finetune_step", *tuning_sides(sizes), pairs)
 
 
 def inference_rows(sizes: Sizes, pairs: int) -> Iterator[Row]:
@@ -245,8 +245,38 @@ def inference_rows(sizes: Sizes, pairs: int) -> Iterator[Row]:
         model, other = classifiers(a)
         model.to(pixels.device).eval(), other.to(pixels.device).eval()
         with torch.inference_mode(), autocast():
-            yield from race(name, partial(score, model.logits, pixels),
-                            {"textbook": partial(score, other, pixels)}, pairs)  # fmt: skip
+            yield race(name, partial(score, model.logits, pixels), partial(score, other, pixels),
+                       pairs)  # fmt: skip
+
+
+def memory_rows(sizes: Sizes, pairs: int) -> Iterator[Row]:
+    """Race the textbook's fine-tuning step with freed memory kept and without: two processes."""
+    start = multiprocessing.get_context("spawn").Pool
+    jobs = (sizes, torch.get_num_threads())
+    with (
+        start(1, in_a_process, (*jobs, True)) as kept,
+        start(1, in_a_process, (*jobs, False)) as usual,
+    ):
+        turns = [tuple(side.apply(one_turn, (n,)) for side in (kept, usual))
+                 for n in range(pairs + 1)]  # fmt: skip
+    ours, others = zip(*turns[1:], strict=True)
+    yield rounded(compare("textbook's finetune_step, memory kept", ours, others))
+
+
+started: list[Work] = []  # of a process of its own
+
+
+def in_a_process(sizes: Sizes, threads: int, kept: bool) -> None:
+    """Start a process that makes the textbook's steps."""
+    torch.set_num_threads(threads)
+    if kept:
+        keep_freed_memory()
+    started.append(tuning_sides(sizes)[1])
+
+
+def one_turn(turn: int) -> float:
+    """Time a turn of this process's work."""
+    return seconds(started[0], turn, distributed.device())[0]
 
 
 def score(classify: Callable[[Tensor], Tensor], pixels: Tensor, turn: int) -> float:
@@ -277,8 +307,8 @@ def tokenizing_rows(sizes: Sizes, pairs: int) -> Iterator[Row]:
     def theirs(turn: int) -> None:
         ids["textbook"] = textbook.name_frames(encoder, frames)
 
-    for row in race("tokenizing", ours, {"textbook": theirs}, pairs):
-        yield row | {"changed": float((ids["ours"] != ids["textbook"]).float().mean())}
+    row = race("tokenizing", ours, theirs, pairs)
+    yield row | {"changed": float((ids["ours"] != ids["textbook"]).float().mean())}
 
 
 def limit_rows(sizes: Sizes, pairs: int) -> Iterator[Row]:
@@ -328,7 +358,6 @@ def profile_rows(sizes: Sizes, most: int = 12) -> Iterator[Row]:
     step = JointStep(sizes)
     cuda = step.device.type == "cuda"
     for who, work in {"ours": step.ours, "textbook": step.textbook}.items():
-        keep_freed_memory(who == "ours")
         work(0)
         activity = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
         with profile(activities=[activity]) as watched:
@@ -338,7 +367,6 @@ def profile_rows(sizes: Sizes, most: int = 12) -> Iterator[Row]:
         for name in sorted(spent, key=spent.__getitem__, reverse=True)[:most]:
             share = spent[name] / sum(spent.values())
             yield {"name": name, "who": who, "share": round(share, 4)}
-    keep_freed_memory()
 
 
 def growth_rows(sizes: Sizes, pairs: int) -> Iterator[Row]:
@@ -351,5 +379,5 @@ def growth_rows(sizes: Sizes, pairs: int) -> Iterator[Row]:
         pixels = clips(grown)
         kept = {k: cost.kept_bytes(m, run, pixels) / 1e9 for k, m, run in
                 (("kept", model, model.logits), ("textbook_kept", other, other))}  # fmt: skip
-        for row in tuning_rows(grown, min(pairs, 2), f"{frames} frames of {side} px"):
-            yield row | {k: round(v, 4) for k, v in kept.items()}
+        row = race(f"{frames} frames of {side} px", *tuning_sides(grown), min(pairs, 2))
+        yield row | {k: round(v, 4) for k, v in kept.items()}
