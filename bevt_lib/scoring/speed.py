@@ -164,9 +164,7 @@ class JointStep:
         a = replace(sizes.joint, drop_path=0.0)
         model = BEVT(a, vocab_size=sizes.tokenizer[2])
         self.tokenizer = DalleTokenizer(*build(*sizes.tokenizer)).to(self.device)
-        self.encoder = copy.deepcopy(self.tokenizer.encoder).to(
-            memory_format=torch.contiguous_format
-        )
+        self.encoder = as_packaged(self.tokenizer, sizes)
         other = textbook.TextbookBEVT(model, a)
         self.shadow = Shadow(other, lambda batch: sum(other(batch).values()), OPTIM)
         task = Task(model=model, sources={}, steps=1, prepare=self.prepare)
