@@ -64,11 +64,9 @@ def main(arguments: list[str]) -> None:
     """Read the command line, measure, print."""
     words = list(arguments)
     subject = words.pop(0) if words and not words[0].startswith("-") else "loading"
-    forms: dict[str, tuple[type, Callable[[Any], None]]] = {
-        "loading": (Loading, bench_loading), "train": (Train, bench_training)}  # fmt: skip
-    if subject not in forms:
-        raise ValueError(f"bench measures loading or train, not {subject!r}")
-    form, measure = forms[subject]
+    if subject not in SUBJECTS:
+        raise ValueError(f"bench measures {' or '.join(SUBJECTS)}, not {subject!r}")
+    form, measure = SUBJECTS[subject]
     measure(cli.parse(form, words, f"python -m bevt_lib.bench {subject}", __doc__ or ""))
 
 
@@ -223,6 +221,9 @@ def report(recipe: Pretrain | Finetune, rates: loaders.Rates, rate: float | None
     lines.append(f"  one GPU at {needed:.1f} clips/s{beside} ({source}) takes {cores:.1f} cores")
     return "\n".join(lines)
 
+
+SUBJECTS: dict[str, tuple[type, Callable[[Any], None]]] = {
+    "loading": (Loading, bench_loading), "train": (Train, bench_training)}  # fmt: skip
 
 if __name__ == "__main__":
     cli.run_command(main)

@@ -137,7 +137,7 @@ def test_the_stored_table_is_what_the_notebook_shows():
 
 
 @pytest.mark.parametrize("words, message", [
-    (["train", "--only", "speed"], "--only takes joint"),
+    (["train", "--only", "speed"], "--only takes memory, joint"),
     (["train", "--pairs", "0"], "more than 0"),
     (["storing"], "loading or train, not 'storing'"),
 ])  # fmt: skip

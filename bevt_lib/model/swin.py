@@ -104,9 +104,9 @@ def shift_mask(padded: Size3, window: Size3, shift: Size3) -> Tensor:
 
     Each shifted axis has three regions, [0, -window), [-window, -shift) and [-shift, end).
     """
-    region = torch.zeros(padded, dtype=torch.int64)
+    region = torch.zeros(padded, dtype=torch.int64, device="cpu")  # with values, in a plan, too
     for axis, (length, w, s) in enumerate(zip(padded, window, shift, strict=True)):
-        label = torch.zeros(length, dtype=torch.int64)
+        label = torch.zeros(length, dtype=torch.int64, device="cpu")
         if s:
             label[-w:] += 1
             label[-s:] += 1
