@@ -20,9 +20,7 @@ from bevt_lib.model.bevt import BEVT
 from bevt_lib.model.classifier import Classifier
 from bevt_lib.model.masking import mask_in_time
 from bevt_lib.model.normalisation import normalise
-
-RENAMED = (("blocks.", ""), ("downsample.", ""), ("mlp.fc1", "mlp.0"), ("mlp.fc2", "mlp.3"),
-           ("bias_table", "relative_position_bias_table"))  # fmt: skip
+from bevt_lib.weights.formats import NAMES, PARTS, export, translate_name
 
 
 def build_swin(a: Model, classes: int = 1) -> nn.Module:
@@ -34,34 +32,27 @@ def build_swin(a: Model, classes: int = 1) -> nn.Module:
     )  # fmt: skip
 
 
-def swin_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give the kit's weights torchvision's names; what has none is left out or stays as it is."""
-    result = {}
-    for name, value in state.items():
-        if name.startswith("swin.stages."):
-            _, _, stage, rest = name.split(".", 3)
-            place = 2 * int(stage) + rest.startswith("downsample")
-            for ours, theirs in RENAMED:
-                rest = rest.replace(ours, theirs)
-            name = f"features.{place}.{rest}"
-        result[name] = value
-    return result
-
-
 def build_classifier(model: Classifier, a: Model) -> nn.Module:
     """Give torchvision's classifier with a model's weights: takes float (B, 3, T, H, W)."""
     theirs = build_swin(a, len(model.classes))
-    theirs.load_state_dict(swin_names(model.state_dict()), strict=False)
+    theirs.load_state_dict(export(model.state_dict(), "torchvision")[0])
     return theirs.train(model.training)
 
 
 class TextbookBEVT(nn.Module):
-    """BEVT as the released code computes it, with a kit's model's weights (clean image path)."""
+    """BEVT as the released code computes it, with a kit's model's weights (clean image path).
+
+    Patch embeddings, decoder and token head are the kit's own layers.
+    """
 
     def __init__(self, model: BEVT, a: Model):
         super().__init__()
         stages = build_swin(a)
-        stages.load_state_dict(swin_names(model.state_dict()), strict=False)
+        names, parts = NAMES["torchvision"], PARTS["torchvision"]
+        own = {translate_name(k, names, parts): v for k, v in model.state_dict().items()
+               if k.startswith("swin.")}  # fmt: skip
+        unmatched = stages.load_state_dict(own, strict=False).unexpected_keys
+        assert not unmatched, unmatched
         self.stages = nn.ModuleList(stages.get_submodule("features").children())
         # What surrounds the stages is plain on either side: copies of the kit's.
         self.rest = BEVT(a, vocab_size=model.token_head.out_features)
