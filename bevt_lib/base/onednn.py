@@ -1,8 +1,8 @@
 """Matrix products by oneDNN, which PyTorch brings along and uses for convolutions only.
 
-For float32 on x86 PyTorch calls MKL. On an AMD processor oneDNN multiplies a quarter faster (50
-against 38 billion multiply-adds a second and core). Its operator isn't public, only torch.compile
-uses it: where it is missing, and everywhere else, PyTorch's own is called. Our choice.
+For float32 on x86 PyTorch calls MKL, which is the slower one on AMD's processors. oneDNN's operator
+isn't public, only torch.compile uses it: where it is missing, and everywhere else, PyTorch's own is
+called. Our choice.
 """
 
 import platform
